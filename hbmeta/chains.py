@@ -1,0 +1,228 @@
+"""Markov chains of NUTS (nutpie) on a staged potential, each in a process of its own.
+
+The potential is compiled once; forked processes share the compiled code, the data and a block of
+memory for the draws, so nothing is copied or serialised. Where a process cannot be forked (no
+`fork`, a CUDA device) the chains run one after another.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hbmeta.errors import ConvergenceError
+
+__all__ = ["Chains", "run_chains"]
+
+Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Draws of several chains.
+
+    Attributes:
+        draws: (chains, draws, size), unconstrained.
+        diverging: (chains, draws) bool.
+        log_density: (chains, draws).
+        tree_depth: (chains, draws) doublings of each trajectory.
+        step_size: (chains,) after adaptation.
+        gradients: number of evaluations, warm-up included.
+        seconds: wall-clock seconds.
+    """
+
+    draws: Tensor
+    diverging: Tensor
+    log_density: Tensor
+    tree_depth: Tensor
+    step_size: Tensor
+    gradients: int
+    seconds: float
+
+
+def run_chains(
+    log_density: Potential,
+    starts: Tensor,
+    *,
+    draws: int,
+    warmup: int,
+    seed: int,
+    target_accept: float,
+    max_tree_depth: int,
+    processes: int | None,
+    progress: bool,
+    where: str,
+) -> Chains:
+    """Runs one chain from each start.
+
+    Args:
+        log_density: vector (size,) to (log density, gradient), float64 on the CPU.
+        starts: (chains, size).
+        processes: at most so many at a time; the number of cores by default, 1 for none.
+    Raises:
+        ConvergenceError: no chain could start, or a chain died; its message is passed on.
+    """
+    chains, size = starts.shape
+    shared = _Shared(chains, draws, size)
+    begin = time.perf_counter()
+    limit = min(chains, processes or os.cpu_count() or 1)
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    bar = tqdm(total=chains * (warmup + draws), desc="NUTS", disable=not progress)
+
+    def one(chain: int) -> None:
+        _run_one(
+            log_density, shared, chain, starts[chain].numpy().copy(), draws, warmup, seed, target_accept, max_tree_depth
+        )
+
+    if limit == 1 or not can_fork:
+        for chain in range(chains):
+            one(chain)
+            bar.update(warmup + draws)
+    else:
+        _fork(one, chains, limit, shared, bar)
+    bar.close()
+    for chain in range(chains):
+        if int(shared.state[chain]) != 1:
+            raise ConvergenceError(
+                where,
+                needed="chains that run to their end",
+                found=f"chain {chain} stopped: {shared.message(chain)}",
+                do="Check that the log density is finite near the priors' locations.",
+            )
+    return Chains(
+        shared.draws.clone(),
+        shared.stats[..., 0] > 0.5,
+        shared.stats[..., 1].clone(),
+        shared.stats[..., 2].clone(),
+        shared.stats[:, -1, 3].clone(),
+        int(shared.gradients.sum()),
+        time.perf_counter() - begin,
+    )
+
+
+class _Shared:
+    """Memory that forked chains write to."""
+
+    def __init__(self, chains: int, draws: int, size: int) -> None:
+        self.draws = torch.zeros(chains, draws, size, dtype=torch.float64).share_memory_()
+        self.stats = torch.zeros(chains, draws, 4, dtype=torch.float64).share_memory_()
+        self.done = torch.zeros(chains, dtype=torch.int64).share_memory_()
+        self.gradients = torch.zeros(chains, dtype=torch.int64).share_memory_()
+        self.state = torch.zeros(chains, dtype=torch.int64).share_memory_()
+        self.text = torch.zeros(chains, 2000, dtype=torch.uint8).share_memory_()
+
+    def fail(self, chain: int, message: str) -> None:
+        raw = message.encode()[-2000:]
+        self.text[chain, : len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        self.state[chain] = -1
+
+    def message(self, chain: int) -> str:
+        raw = bytes(self.text[chain].tolist()).rstrip(b"\0").decode(errors="replace")
+        return raw.strip().splitlines()[-1] if raw.strip() else "its process ended without a word"
+
+
+def _fork(one: Callable[[int], None], chains: int, limit: int, shared: _Shared, bar: Any) -> None:
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(range(chains)), {}
+
+    def target(chain: int) -> None:
+        torch.set_num_threads(1)
+        try:
+            one(chain)
+        except BaseException:
+            shared.fail(chain, traceback.format_exc(limit=1))
+        os._exit(0)
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                chain = waiting.pop(0)
+                with warnings.catch_warnings():
+                    # The children touch only what was made for them: the compiled graph and memory.
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process = context.Process(target=target, args=(chain,), daemon=True)
+                    process.start()
+                running[chain] = process
+            time.sleep(0.02)
+            bar.update(int(shared.done.sum()) - bar.n)
+            for chain, process in list(running.items()):
+                if process.exitcode is not None:
+                    process.join()
+                    del running[chain]
+    finally:
+        for process in running.values():
+            process.kill()
+
+
+def _run_one(
+    log_density: Potential,
+    shared: _Shared,
+    chain: int,
+    start: Any,
+    draws: int,
+    warmup: int,
+    seed: int,
+    target_accept: float,
+    max_tree_depth: int,
+) -> None:
+    import nutpie
+
+    size = start.shape[0]
+    gradients = 0
+
+    def make_log_density() -> Any:
+        def evaluate(point: Any) -> tuple[float, Any]:
+            nonlocal gradients
+            gradients += 1
+            value, gradient = log_density(torch.from_numpy(point))
+            return float(value), gradient.numpy()
+
+        return evaluate
+
+    def make_expand(*_: Any) -> Any:
+        def expand(point: Any) -> dict[str, Any]:
+            shared.done[chain] += 1
+            return {"u": point}
+
+        return expand
+
+    model = nutpie.compiled_pyfunc.from_pyfunc(
+        size,
+        make_log_density,
+        make_expand,
+        [np.dtype("float64")],
+        [(size,)],
+        ["u"],
+        make_initial_point_fn=lambda _: start,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = nutpie.sample(
+            model,
+            draws=draws,
+            tune=warmup,
+            chains=1,
+            cores=1,
+            seed=(seed * 7919 + chain) % (2**31),
+            save_warmup=False,
+            progress_bar=False,
+            target_accept=target_accept,
+            maxdepth=max_tree_depth,
+        )
+    stats = found.sample_stats
+    shared.draws[chain] = torch.from_numpy(found.posterior["u"].values[0].copy())
+    for column, name in enumerate(("diverging", "logp", "depth", "step_size_bar")):
+        shared.stats[chain, :, column] = torch.from_numpy(stats[name].values[0].astype(np.float64))
+    shared.gradients[chain] = gradients
+    shared.state[chain] = 1

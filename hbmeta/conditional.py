@@ -1,0 +1,174 @@
+"""Draws from p(φ_i | S_i, θ) for a given θ, or for many draws of θ, with the evidence p(S_i | θ).
+
+Importance sampling from the second-order expansion at the mode: φ_k ~ q = N(φ̂, (−H)⁻¹), or a
+Student-t of the same place and shape where the weights of the Gaussian vary, and
+
+    w_k = p(S_i, φ_k | θ) / q(φ_k),     p(S_i | θ) ≈ mean_k w_k (unbiased),
+
+exact where the log joint is quadratic in φ, because then every w_k equals the evidence. For draws
+θ_s of a posterior given other tasks, the pair (θ_s, φ_s) with weight p(S_new | θ_s) is a draw of
+the joint posterior that saw S_new too; one φ_s per θ_s is taken from its w_k.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hbmeta.curvature import expand, log_joint, maximise
+from hbmeta.densities import Empirical, Gaussian
+from hbmeta.errors import UnsupportedModelError
+from hbmeta.problem import Problem
+from hbmeta.program import Batch, Theta
+
+_DENSE_LIMIT = 64
+_DEGREES_OF_FREEDOM = 7.0
+# A relative spread of the weights below this is rounding: the log joint is quadratic.
+_CONSTANT = 1e-6
+
+__all__ = ["conditional", "conditional_over_draws"]
+
+
+def _check_size(problem: Problem, where: str) -> None:
+    if problem.sites.phi_size > _DENSE_LIMIT:
+        raise UnsupportedModelError(
+            where,
+            needed=f"at most {_DENSE_LIMIT} parameters per task (the curvature is dense)",
+            found=f"{problem.sites.phi_size}",
+            do="Fit these tasks together with the others, or adapt with an amortized strategy.",
+        )
+
+
+def conditional(
+    problem: Problem, theta: Theta, support: Batch, *, draws: int = 1000, seed: int = 0
+) -> tuple[Gaussian | Empirical, dict[str, Tensor]]:
+    """p(φ | S, θ) at one θ: the exact Gaussian where there is one, weighted draws otherwise.
+
+    Returns:
+        the density, and info: log_evidence (tasks,), effective_draws (tasks,), converged (tasks,).
+    """
+    _check_size(problem, "the posterior given θ")
+    theta = {name: value.detach() for name, value in theta.items()}
+
+    def function(phi: Tensor) -> Tensor:
+        return log_joint(problem, theta, phi, support)
+
+    with torch.no_grad():
+        start = problem.location(theta, support)
+    mode, converged = maximise(function, start)
+    found = expand(function, mode)
+    phi, log_q = _propose(found.loc.unsqueeze(0), found.tril.unsqueeze(0), draws, seed, heavy=False)
+    log_w = _weigh(problem, theta, False, phi[0], support) - log_q[0]
+    if float((log_w.max(0).values - log_w.min(0).values).max()) < _CONSTANT:
+        info = {
+            "log_evidence": log_w.mean(0),
+            "effective_draws": torch.full_like(log_w[0], float(draws)),
+            "converged": converged,
+        }
+        return Gaussian(found.loc.detach(), found.tril.detach()), info
+    phi, log_q = _propose(found.loc.unsqueeze(0), found.tril.unsqueeze(0), draws, seed, heavy=True)
+    log_w = _weigh(problem, theta, False, phi[0], support) - log_q[0]
+    density = Empirical(phi[0], log_w)
+    info = {
+        "log_evidence": torch.logsumexp(log_w, 0) - math.log(draws),
+        "effective_draws": density.effective_draws,
+        "converged": converged,
+    }
+    return density, info
+
+
+def conditional_over_draws(
+    problem: Problem, theta: Theta, support: Batch, *, proposals: int = 16, seed: int = 0
+) -> tuple[Empirical, dict[str, Tensor]]:
+    """One φ for each draw of θ, weighted by the evidence of the new support under that θ.
+
+    Args:
+        theta: global sites with a first axis of draws.
+        proposals: importance draws per θ and task.
+    Returns:
+        the weighted draws, and info: log_evidence (draws, tasks), effective_draws (tasks,) and
+        proposal_efficiency (tasks,), the mean share of useful proposals per θ.
+    """
+    _check_size(problem, "adapting to new tasks from draws of θ")
+    names = {site.name for site in problem.sites.globals}
+    n_draws = next(iter(theta[name] for name in names)).shape[0]
+    axes = {name: 0 if name in names else None for name in theta}
+    theta = {name: value.detach() for name, value in theta.items()}
+
+    def function(phi: Tensor) -> Tensor:
+        return torch.vmap(lambda t, p: log_joint(problem, t, p, support), in_dims=(axes, 0))(theta, phi)
+
+    with torch.no_grad():
+        start = torch.vmap(lambda t: problem.location(t, support), in_dims=(axes,))(theta)
+    start = start.expand(n_draws, support.n_tasks, problem.sites.phi_size)
+    mode, _ = maximise(function, start)
+    found = expand(function, mode)
+    loc, tril = found.loc.detach(), found.tril.detach()
+    for heavy in (False, True):
+        phi, log_q = _propose(loc, tril, proposals, seed, heavy=heavy)
+        repeated = {k: v.repeat_interleave(proposals, 0) if k in names else v for k, v in theta.items()}
+        flat = phi.reshape(n_draws * proposals, support.n_tasks, -1)
+        log_w = _weigh(problem, repeated, True, flat, support).reshape(n_draws, proposals, -1) - log_q
+        if float((log_w.amax(1) - log_w.amin(1)).max()) < _CONSTANT:
+            break
+    shares = torch.softmax(log_w, 1)
+    picked = _pick(shares, seed)
+    index = picked[:, None, :, None].expand(n_draws, 1, support.n_tasks, phi.shape[-1])
+    evidence = torch.logsumexp(log_w, 1) - math.log(proposals)
+    density = Empirical(phi.gather(1, index).squeeze(1), evidence)
+    info = {
+        "log_evidence": evidence,
+        "effective_draws": density.effective_draws,
+        "proposal_efficiency": (1.0 / shares.square().sum(1) / proposals).mean(0),
+    }
+    return density, info
+
+
+def _propose(loc: Tensor, tril: Tensor, draws: int, seed: int, *, heavy: bool) -> tuple[Tensor, Tensor]:
+    """Draws (thetas, draws, tasks, phi_size) and their log density, Gaussian or Student-t."""
+    generator = torch.Generator().manual_seed(seed)
+    size = loc.shape[-1]
+    shape = (loc.shape[0], draws, *loc.shape[1:])
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(loc)
+    log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).unsqueeze(1)
+    squared = noise.square().sum(-1)
+    if heavy:
+        # t = z √(ν / χ²_ν)
+        df = _DEGREES_OF_FREEDOM
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            chi = torch.distributions.Chi2(torch.tensor(df)).sample(shape[:-1]).to(loc)
+        noise = noise * (df / chi).sqrt().unsqueeze(-1)
+        squared = noise.square().sum(-1)
+        constant = (
+            math.lgamma((df + size) / 2) - math.lgamma(df / 2) - 0.5 * size * math.log(df * math.pi)
+        )
+        log_q = constant - 0.5 * (df + size) * torch.log1p(squared / df) - log_det
+    else:
+        log_q = -0.5 * squared - 0.5 * size * math.log(2 * math.pi) - log_det
+    phi = loc.unsqueeze(1) + (tril.unsqueeze(1) @ noise.unsqueeze(-1)).squeeze(-1)
+    return phi, log_q
+
+
+def _weigh(problem: Problem, theta: Theta, drawn: bool, phi: Tensor, support: Batch) -> Tensor:
+    """(draws, tasks) log joint at each draw, in chunks that stay in cache."""
+    chunk = max(1, 2_000_000 // max(1, support.x.shape[0] * (support.x.shape[1] if support.task is None else 1)))
+    names = {site.name for site in problem.sites.globals} if drawn else set()
+    axes = {name: 0 if name in names else None for name in theta}
+    parts = []
+    with torch.no_grad():
+        for start in range(0, phi.shape[0], chunk):
+            piece = {k: v[start : start + chunk] if k in names else v for k, v in theta.items()}
+            mapped = torch.vmap(lambda t, p: log_joint(problem, t, p, support), in_dims=(axes, 0))
+            parts.append(mapped(piece, phi[start : start + chunk]))
+    return torch.cat(parts)
+
+
+def _pick(shares: Tensor, seed: int) -> Tensor:
+    """(thetas, tasks) index of one proposal, drawn by its share (inverse of the cumulative sum)."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    u = torch.rand((shares.shape[0], 1, shares.shape[2]), generator=generator, dtype=torch.float64)
+    below = (shares.cumsum(1) < u.to(shares)).sum(1)
+    return below.clamp_max(shares.shape[1] - 1)

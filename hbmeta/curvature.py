@@ -1,0 +1,167 @@
+"""Mode, curvature and evidence of p(φ_i | S_i, θ), task by task and θ by θ.
+
+With f_i(φ) = log p(S_i | φ, θ) + log p(φ | θ), tasks are independent given θ, so one gradient of
+Σ_i f_i gives every task's own gradient, and phi_size further ones every task's own Hessian H_i.
+A second-order expansion at the mode φ̂ gives N(φ̂, (−H)⁻¹) and
+
+    log p(S_i | θ) ≈ f_i(φ̂) + (phi_size/2) log 2π − ½ log det(−H_i),
+
+both exact where f_i is quadratic (linear-Gaussian programs; REFERENCE of MacKay 1992, eq. 2.9).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbmeta.errors import CurvatureError
+from hbmeta.problem import Problem
+from hbmeta.program import Batch, Theta
+
+__all__ = ["Expansion", "expand", "gradient_and_hessian", "log_joint", "maximise"]
+
+
+class Expansion(NamedTuple):
+    """A second-order expansion of f at a point, per task.
+
+    Attributes:
+        loc: (..., tasks, phi_size) the point, or the Newton point of it.
+        tril: (..., tasks, phi_size, phi_size) lower-triangular L with L Lᵀ = (−H)⁻¹.
+        log_evidence: (..., tasks) the evidence of the expansion.
+        positive: (..., tasks) whether −H is positive definite there.
+    """
+
+    loc: Tensor
+    tril: Tensor
+    log_evidence: Tensor
+    positive: Tensor
+
+
+def log_joint(problem: Problem, theta: Theta, phi: Tensor, batch: Batch) -> Tensor:
+    """(tasks,) f_i(φ_i) = log p(S_i | φ_i, θ) + log p(φ_i | θ)."""
+    likelihood, local, _ = problem.terms(theta, phi, batch)
+    return likelihood + local
+
+
+def gradient_and_hessian(
+    function: Callable[[Tensor], Tensor], phi: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f (…, tasks), its gradient and its Hessian for each task, by reverse over reverse.
+
+    Args:
+        function: φ (..., tasks, phi_size) to (..., tasks), tasks independent of each other.
+        phi: the point.
+        create_graph: keep the history, to differentiate the result in θ.
+    """
+    if not phi.requires_grad:
+        phi = phi.detach().requires_grad_()
+    with torch.enable_grad():
+        value = function(phi)
+        (gradient,) = torch.autograd.grad(value.sum(), phi, create_graph=True)
+        rows = []
+        for j in range(phi.shape[-1]):
+            column = gradient[..., j].sum()
+            if column.requires_grad:
+                (row,) = torch.autograd.grad(
+                    column, phi, create_graph=create_graph, retain_graph=True, allow_unused=True
+                )
+            else:
+                row = None
+            rows.append(torch.zeros_like(phi) if row is None else row)
+    hessian = torch.stack(rows, -2)
+    if not create_graph:
+        value, gradient = value.detach(), gradient.detach()
+    return value, gradient, 0.5 * (hessian + hessian.mT)
+
+
+def expand(
+    function: Callable[[Tensor], Tensor],
+    phi: Tensor,
+    *,
+    newton: bool = False,
+    create_graph: bool = False,
+) -> Expansion:
+    """The expansion at φ, or (`newton`) at the Newton point of φ, which is the mode of a quadratic f.
+
+    Cholesky of −H without a check, so that it can be traced: `positive` says where it failed.
+    """
+    value, gradient, hessian = gradient_and_hessian(function, phi, create_graph=create_graph)
+    precision = -hessian
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    size = phi.shape[-1]
+    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    if newton:
+        step = torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
+        # f(φ + step) of the expansion is f(φ) + ½ gᵀ step.
+        value = value + 0.5 * (gradient * step).sum(-1)
+        phi = phi + step
+    identity = torch.eye(size, dtype=phi.dtype, device=phi.device).expand(precision.shape)
+    # (−H)⁻¹ = F⁻ᵀ F⁻¹ with F the factor; its own lower factor by one more Cholesky.
+    inverse = torch.cholesky_solve(identity, factor)
+    tril, _ = torch.linalg.cholesky_ex(inverse)
+    evidence = value + 0.5 * size * math.log(2 * math.pi) - 0.5 * log_det
+    return Expansion(phi, tril, evidence, failed == 0)
+
+
+def maximise(
+    function: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    iterations: int = 60,
+    tolerance: float = 1e-9,
+) -> tuple[Tensor, Tensor]:
+    """Newton's method with its own damping for each task (Levenberg–Marquardt).
+
+    Args:
+        function: as in `gradient_and_hessian`.
+        start: (..., tasks, phi_size).
+        iterations: at most so many evaluations of the Hessian.
+        tolerance: stop where the predicted gain ½ gᵀ(−H)⁻¹g is below it, in nats.
+    Returns:
+        the point, and (..., tasks) whether it met the tolerance.
+    """
+    phi = start.detach()
+    size = phi.shape[-1]
+    identity = torch.eye(size, dtype=phi.dtype, device=phi.device)
+    damping = torch.full(phi.shape[:-1], 0.0, dtype=phi.dtype, device=phi.device)
+    done = torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device)
+    for _ in range(iterations):
+        value, gradient, hessian = gradient_and_hessian(function, phi)
+        precision = -hessian
+        # The curvature's own magnitude, so that damping has its units.
+        magnitude = precision.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(1e-8)
+        smallest = torch.linalg.eigvalsh(precision)[..., 0]
+        floor = torch.where(smallest > 1e-10 * magnitude, 0.0 * smallest, -1.5 * smallest + 1e-3 * magnitude)
+        total = torch.maximum(damping, floor)
+        step = torch.linalg.solve(
+            precision + total[..., None, None] * identity, gradient.unsqueeze(-1)
+        ).squeeze(-1)
+        gain = 0.5 * (gradient * step).sum(-1)
+        done = (gain.abs() < tolerance) & (floor == 0)
+        if bool(done.all()):
+            # The last step costs nothing and makes a quadratic exact.
+            return torch.where(torch.isfinite(step), phi + step, phi), done
+        with torch.no_grad():
+            new = function(phi + step)
+        better = (new >= value - 1e-12 * value.abs()) & torch.isfinite(new)
+        phi = torch.where(better.unsqueeze(-1), phi + step, phi)
+        damping = torch.where(better, total * 0.1, torch.maximum(total * 10, 1e-3 * magnitude))
+        damping = torch.where(damping < 1e-9 * magnitude, 0.0 * damping, damping)
+    return phi, done
+
+
+def require_positive(positive: Tensor, smallest: Tensor, ids: tuple[object, ...], where: str) -> None:
+    """Raises, naming the first task whose curvature is not positive definite."""
+    bad = ~positive
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0, -1])
+        raise CurvatureError(
+            where,
+            needed="a positive definite curvature of every task",
+            found=f"task {ids[index]!r} with smallest eigenvalue {float(smallest[..., index].min()):.3g}",
+            do="Check that its parameters are identified by the prior and the data.",
+        )

@@ -1,0 +1,157 @@
+"""The shapes that an approximation q(φ_i | S_i) can take, over tasks side by side.
+
+φ_i stands as one unconstrained vector; a density holds one per task, (tasks, phi_size). Random
+numbers come in as arguments, so that a density can be drawn from inside a traced graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hbmeta.errors import UnsupportedModelError
+
+__all__ = ["Delta", "Density", "Empirical", "Gaussian"]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """All mass at one point per task: loc (tasks, phi_size)."""
+
+    loc: Tensor
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """The point, repeated for noise (draws, tasks, phi_size)."""
+        return self.loc.expand(noise.shape)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def sd(self) -> Tensor:
+        return torch.zeros_like(self.loc)
+
+    def log_prob(self, phi: Tensor) -> Tensor:
+        """Refuses: a point mass has no density."""
+        raise UnsupportedModelError(
+            "log_prob of a point mass",
+            needed="a posterior with a density",
+            found="a point estimate (Delta)",
+            do="Use a Gaussian strategy such as AmortizedGuide, or draws.",
+        )
+
+    def select(self, positions: Tensor) -> Delta:
+        """The density of some of the tasks."""
+        return Delta(self.loc[positions])
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(loc, L Lᵀ) per task.
+
+    Attributes:
+        loc: (tasks, phi_size).
+        scale: (tasks, phi_size) standard deviations, or L (tasks, phi_size, phi_size) lower-triangular.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    @property
+    def diagonal(self) -> bool:
+        return self.scale.ndim == self.loc.ndim
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """loc + L ε for standard normal noise (draws, tasks, phi_size)."""
+        if self.diagonal:
+            return self.loc + self.scale * noise
+        return self.loc + (self.scale @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def log_prob(self, phi: Tensor) -> Tensor:
+        """log N(φ; loc, L Lᵀ), (..., tasks) for φ (..., tasks, phi_size)."""
+        difference = phi - self.loc
+        if self.diagonal:
+            whitened = difference / self.scale
+            log_det = self.scale.log().sum(-1)
+        else:
+            solved = torch.linalg.solve_triangular(self.scale, difference.unsqueeze(-1), upper=False)
+            whitened = solved.squeeze(-1)
+            log_det = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        size = self.loc.shape[-1]
+        return -0.5 * whitened.square().sum(-1) - log_det - 0.5 * size * math.log(2 * math.pi)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def sd(self) -> Tensor:
+        return self.scale if self.diagonal else self.scale.square().sum(-1).sqrt()
+
+    @property
+    def covariance(self) -> Tensor:
+        """(tasks, phi_size, phi_size)."""
+        return torch.diag_embed(self.scale.square()) if self.diagonal else self.scale @ self.scale.mT
+
+    def detach(self) -> Gaussian:
+        """The same numbers without their history."""
+        return Gaussian(self.loc.detach(), self.scale.detach())
+
+    def select(self, positions: Tensor) -> Gaussian:
+        """The density of some of the tasks."""
+        return Gaussian(self.loc[positions], self.scale[positions])
+
+
+@dataclass(frozen=True)
+class Empirical:
+    """Draws, equal or weighted per task.
+
+    Attributes:
+        phi: (draws, tasks, phi_size).
+        log_weights: (draws, tasks), normalised or not; None for equal weights.
+    """
+
+    phi: Tensor
+    log_weights: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """(draws, tasks), each task's summing to one."""
+        if self.log_weights is None:
+            return torch.full(self.phi.shape[:2], 1.0 / self.phi.shape[0], dtype=self.phi.dtype)
+        return torch.softmax(self.log_weights, 0)
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.weights.unsqueeze(-1) * self.phi).sum(0)
+
+    @property
+    def sd(self) -> Tensor:
+        spread = self.weights.unsqueeze(-1) * (self.phi - self.mean).square()
+        return spread.sum(0).sqrt()
+
+    @property
+    def effective_draws(self) -> Tensor:
+        """(tasks,) Kish's effective number of draws, 1 / Σ w²."""
+        return 1.0 / self.weights.square().sum(0)
+
+    def log_prob(self, phi: Tensor) -> Tensor:
+        """Refuses: draws have no density."""
+        raise UnsupportedModelError(
+            "log_prob of draws",
+            needed="a posterior with a density",
+            found="draws",
+            do="Use the program's own log density (Problem.terms), or a Gaussian strategy.",
+        )
+
+    def select(self, positions: Tensor) -> Empirical:
+        """The draws of some of the tasks."""
+        weights = None if self.log_weights is None else self.log_weights[:, positions]
+        return Empirical(self.phi[:, positions], weights)
+
+
+Density = Delta | Gaussian | Empirical

@@ -1,0 +1,175 @@
+"""The exact posterior of linear-Gaussian programs, and their Type-II maximum likelihood.
+
+Model: φ_i ~ N(μ, Σ), y_i = X_i φ_i + c_i + ε, ε ~ N(0, σ² I); any program whose log joint is quadratic in φ.
+Estimator: with f_i(φ) = log p(y_i | φ, θ) + log p(φ | θ) and any φ₀, one Newton step is exact:
+
+    p(φ | y_i, θ) = N(φ₀ + Λ⁻¹∇f(φ₀), Λ⁻¹),  Λ = −∇²f,
+    log p(y_i | θ) = f(φ₀) + ½ ∇fᵀΛ⁻¹∇f + (p/2) log 2π − ½ log det Λ;
+
+θ maximises Σ_i log p(y_i | θ), plus log p(θ) on request.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hbmeta.curvature import expand, gradient_and_hessian, log_joint
+from hbmeta.densities import Gaussian
+from hbmeta.errors import CurvatureError, UnsupportedModelError
+from hbmeta.feeding import training_tasks
+from hbmeta.inference.strategy import Strategy
+from hbmeta.optimisation import minimise
+from hbmeta.posterior import TaskPosterior
+from hbmeta.problem import Problem
+from hbmeta.program import Batch, Theta
+from hbmeta.tasks import Tasks
+from hbmeta.training import Learned, Options, prior_scales
+
+# A scale that fell this far below its prior's is reported as zero.
+_AT_ZERO = 1e-3
+
+__all__ = ["ExactLinear"]
+
+
+@dataclass(frozen=True)
+class ExactLinear(Strategy):
+    """Closed form for programs whose log joint is quadratic in φ; refuses all others.
+
+    Keeps p(y | φ, θ) and p(φ | θ) exactly; holds θ at its Type-II maximum likelihood estimate (the
+    maximum of Σ_i log p(y_i | θ)), or with `prior` at the mode of p(θ | y) in unconstrained space.
+    Exact given θ. Whether the program is linear-Gaussian is tested at the data, not declared. A
+    variance between tasks whose estimate is zero (a real case: REFERENCE of Gelman et al., BDA3,
+    §5.4) is reported in `info["at_zero"]` and in a warning.
+
+    Args:
+        prior: add log p(θ) to the evidence.
+    Raises:
+        UnsupportedModelError: the log joint is not quadratic in φ.
+        CurvatureError: the precision of a task is not positive definite.
+    References:
+        Lindley, Smith (1972), JRSS B 34(1), for the posterior; MacKay (1992) for the evidence.
+    """
+
+    prior: bool = False
+
+    def check(self, problem: Problem) -> None:
+        """Some parameters per task, few enough for a dense precision."""
+        if problem.sites.phi_size > 200:
+            raise UnsupportedModelError(
+                self.name,
+                needed="at most 200 parameters per task",
+                found=str(problem.sites.phi_size),
+                do="Use AmortizedGuide or MAML.",
+            )
+
+    def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
+        """θ at the maximum of the evidence, by L-BFGS."""
+        tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
+        batch = problem.batch(tasks)
+        start = problem.theta(batch)
+        self._require_quadratic(problem, start, batch, tasks)
+        if not start:
+            return Learned(start, info={"log_evidence": float(self._evidence(problem, start, batch).detach().sum())})
+        scales = prior_scales(problem, start, batch)
+        names, sizes = list(start), [v.numel() for v in start.values()]
+
+        def unpack(vector: Tensor) -> Theta:
+            return {
+                n: start[n] + scales.get(n, torch.ones_like(start[n])) * part.reshape(start[n].shape)
+                for n, part in zip(names, vector.split(sizes), strict=True)
+            }
+
+        rows = max(int(batch.mask.sum()), 1)
+
+        def objective(vector: Tensor) -> Tensor:
+            theta = unpack(vector)
+            total = self._evidence(problem, theta, batch).sum()
+            if self.prior:
+                total = total + problem.log_prior(theta, batch)
+            return -total / rows
+
+        first = torch.zeros(sum(sizes), dtype=problem.dtype, device=problem.device)
+        found = minimise(objective, first, where="ExactLinear.fit", tier=options.tier)
+        theta = {k: v.detach() for k, v in unpack(found.point).items()}
+        at_zero = self._at_zero(problem, theta, start, batch)
+        if at_zero:
+            warnings.warn(
+                f"ExactLinear: the estimate of {', '.join(at_zero)} is zero: the data show no variation "
+                "there. NUTS, or prior=True, weighs how large it could still be.",
+                stacklevel=3,
+            )
+        evidence = float(self._evidence(problem, theta, batch).detach().sum())
+        info = {"log_evidence": evidence, "at_zero": at_zero, "converged": found.converged}
+        return Learned(theta, info=info, seconds_staging=found.seconds_staging)
+
+    def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
+        """The exact posterior at the fitted θ, with each task's log evidence in `info`."""
+        problem: Problem = fitted.problem
+        batch = problem.batch(support)
+        self._require_quadratic(problem, fitted.theta, batch, support)
+        density = self.posterior(problem, fitted.theta, None, batch)
+        info = {"log_evidence": self._evidence(problem, fitted.theta, batch).detach()}
+        return TaskPosterior(
+            problem, fitted.theta, density.detach(), support, info=info, units=fitted.units
+        )
+
+    def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Gaussian:
+        """N(φ₀ + Λ⁻¹∇f, Λ⁻¹) per task."""
+        start = problem.location(theta, support).detach()
+        found = expand(lambda phi: log_joint(problem, theta, phi, support), start, newton=True)
+        return Gaussian(found.loc, found.tril)
+
+    def _evidence(self, problem: Problem, theta: Theta, batch: Batch) -> Tensor:
+        """(tasks,) log p(y_i | θ), differentiable in θ."""
+        start = problem.location(theta, batch).detach()
+        found = expand(
+            lambda phi: log_joint(problem, theta, phi, batch), start, newton=True, create_graph=True
+        )
+        return found.log_evidence
+
+    def _require_quadratic(self, problem: Problem, theta: Theta, batch: Batch, tasks: Tasks) -> None:
+        """The Hessian at two far points must be the same, and negative definite."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            start = problem.location(theta, batch)
+        noise = torch.randn(start.shape, generator=generator, dtype=torch.float64).to(start)
+
+        def hessian(phi: Tensor) -> Tensor:
+            return gradient_and_hessian(lambda p: log_joint(problem, theta, p, batch), phi)[2]
+
+        here, there = hessian(start), hessian(start + 2 * noise)
+        scale = here.abs().amax((-2, -1)).clamp_min(1e-12)
+        difference = ((here - there).abs().amax((-2, -1)) / scale).max()
+        if not float(difference) < (1e-6 if start.dtype == torch.float64 else 1e-3):
+            families = ", ".join(sorted({s.family for s in (*problem.sites.observed, *problem.sites.locals)}))
+            raise UnsupportedModelError(
+                self.name,
+                needed="a log joint that is quadratic in φ (Normal throughout, means linear in φ)",
+                found=f"a curvature that varies by a relative {float(difference):.2g} (families: {families})",
+                do="Use NUTS as the reference and AmortizedGuide as the approximation.",
+            )
+        smallest = torch.linalg.eigvalsh(-here)[..., 0]
+        if not bool((smallest > 0).all()):
+            worst = int(smallest.argmin())
+            raise CurvatureError(
+                self.name,
+                needed="a positive definite posterior precision of every task",
+                found=f"task {tasks.ids[worst]!r} with smallest eigenvalue {float(smallest[worst]):.3g}",
+                do="Give every task parameter a proper prior.",
+            )
+
+    def _at_zero(self, problem: Problem, theta: Theta, start: Theta, batch: Batch) -> list[str]:
+        """Positive level-1 sites that fell to zero against where they started."""
+        out = []
+        for site in problem.sites.globals:
+            if site.family in ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "LogNormal"):
+                fall = (theta[site.name] - start[site.name]).min()
+                if float(fall) < math.log(_AT_ZERO):
+                    out.append(site.name)
+        return out

@@ -1,0 +1,263 @@
+"""NUTS over global and local sites together: the reference for every approximation.
+
+Model: θ ~ p(θ), φ_i ~ p(φ | θ), y_ij ~ p(y | φ_i, θ).
+Estimator: draws of (θ, φ_1, …, φ_T) from p(θ, φ | y) in unconstrained space, by the No-U-Turn sampler.
+New tasks: (θ_s, φ_s) with φ_s ~ p(φ | S_new, θ_s), weighted by p(S_new | θ_s).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import arviz
+import numpy as np
+import torch
+from torch import Tensor
+
+from hbmeta.chains import Chains, run_chains
+from hbmeta.conditional import conditional, conditional_over_draws
+from hbmeta.densities import Density, Empirical
+from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.feeding import training_tasks
+from hbmeta.inference.strategy import Strategy
+from hbmeta.posterior import TaskPosterior
+from hbmeta.problem import Problem
+from hbmeta.program import Batch, Theta
+from hbmeta.staging import Staged, Tier
+from hbmeta.tasks import Tasks
+from hbmeta.training import Learned, Options, show_progress
+
+__all__ = ["NUTS", "log_density", "staged_log_density"]
+
+_MOST_DRAWS_OF_THETA = 1000
+
+
+@dataclass(frozen=True)
+class NUTS(Strategy):
+    """Draws from the joint posterior of θ and all φ; asymptotically exact.
+
+    Keeps p(θ), p(φ | θ) and p(y | φ, θ). Split R̂, bulk and tail effective sample sizes, and
+    divergences are in `info`; what is bad among them is warned of. Every level-1 parameter needs a
+    prior. New tasks get draws of φ given each draw of θ with the weight p(S_new | θ); the effective
+    number of draws per task is in the posterior's `info`.
+
+    Args:
+        draws: per chain, after warm-up.
+        chains: number of chains, each in a process of its own.
+        warmup: steps of adaptation per chain.
+        target_accept: raise towards 1 where there are divergences.
+        max_tree_depth: a trajectory has at most 2 to this power steps.
+        processes: chains that run at a time; the number of cores by default.
+    References:
+        Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: Vehtari et al. (2021), by ArviZ.
+    """
+
+    learns_spread: ClassVar[bool] = False
+
+    draws: int = 1000
+    chains: int = 4
+    warmup: int = 500
+    target_accept: float = 0.8
+    max_tree_depth: int = 10
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.draws, self.chains, self.warmup, self.max_tree_depth) < 1 or not 0 < self.target_accept < 1:
+            raise DataError(
+                "NUTS",
+                needed="draws, chains, warmup and max_tree_depth of 1 or more, target_accept in (0, 1)",
+                found=str(self.settings()),
+                do="Correct the setting.",
+            )
+
+    def check(self, problem: Problem) -> None:
+        """Every level-1 parameter needs a prior."""
+        free = [name for name, _ in problem.parameters()]
+        if free:
+            raise UnsupportedModelError(
+                self.name,
+                needed="a prior for every level-1 parameter",
+                found=f"module parameter {free[0]!r} without one",
+                do="Make it a pyro.sample site, fix it with requires_grad_(False), or use AmortizedGuide.",
+            )
+
+    def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
+        """Runs the chains on all rows of the tasks."""
+        tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
+        batch = problem.batch(tasks)
+        theta = problem.theta(batch)
+        expected = self.chains * (self.draws + self.warmup) * 15
+        tier: Tier = "compiled" if options.tier == "auto" else options.tier
+        potential, seconds_staging = staged_log_density(problem, batch, theta, tier, expected)
+        found = run_chains(
+            potential,
+            self._starts(problem, batch, theta, options.seed, potential),
+            draws=self.draws,
+            warmup=self.warmup,
+            seed=options.seed,
+            target_accept=self.target_accept,
+            max_tree_depth=self.max_tree_depth,
+            processes=1 if problem.device.type != "cpu" else self.processes,
+            progress=show_progress(options.progress),
+            where=f"{self.name}.fit",
+        )
+        return self._learned(problem, tasks, theta, found, seconds_staging)
+
+    def _starts(
+        self, problem: Problem, batch: Batch, theta: Theta, seed: int, potential: Callable[..., Any]
+    ) -> Tensor:
+        """Spread around the priors' locations, halving the spread until the density is finite."""
+        with torch.no_grad():
+            phi = problem.location(theta, batch)
+        centre = _pack(problem, theta, phi).double().cpu()
+        generator = torch.Generator().manual_seed(seed)
+        rows = []
+        for _ in range(self.chains):
+            jitter = 2 * torch.rand(centre.shape, generator=generator, dtype=torch.float64) - 1
+            for _ in range(12):
+                value, gradient = potential(centre + jitter)
+                if math.isfinite(float(value)) and bool(torch.isfinite(gradient).all()):
+                    break
+                jitter = jitter / 2
+            rows.append(centre + jitter)
+        return torch.stack(rows)
+
+    def _learned(
+        self, problem: Problem, tasks: Tasks, theta: Theta, found: Chains, seconds_staging: float
+    ) -> Learned:
+        flat = found.draws.reshape(-1, found.draws.shape[-1]).to(dtype=problem.dtype, device=problem.device)
+        drawn, phi = _unpack(problem, flat, tasks.n_tasks)
+        info = self._diagnostics(found)
+        return Learned(
+            theta={**theta, **drawn},
+            drawn=bool(problem.sites.globals),
+            density=Empirical(phi),
+            info=info,
+            seconds_staging=seconds_staging,
+            chains=self.chains,
+        )
+
+    def _diagnostics(self, found: Chains) -> dict[str, Any]:
+        """R̂ and effective sample sizes of every coordinate, in unconstrained space (rank-normalised)."""
+        info: dict[str, Any] = {
+            "divergences": int(found.diverging.sum()),
+            "deep_trees": int((found.tree_depth >= self.max_tree_depth).sum()),
+            "gradients": found.gradients,
+            "seconds_sampling": found.seconds,
+            "diverging": found.diverging,
+            "log_density": found.log_density,
+            "step_size": found.step_size,
+        }
+        draws = arviz.convert_to_dataset(found.draws.numpy())
+        if self.draws >= 4:
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                bulk = arviz.ess(draws, method="bulk")["x"].values
+                tail = arviz.ess(draws, method="tail")["x"].values
+                rhat = arviz.rhat(draws)["x"].values if self.chains > 1 else np.full_like(bulk, np.nan)
+            info |= {
+                "r_hat": torch.from_numpy(rhat.copy()),
+                "ess_bulk": torch.from_numpy(bulk.copy()),
+                "ess_tail": torch.from_numpy(tail.copy()),
+            }
+        for problem in trouble(info):
+            warnings.warn(f"NUTS: {problem}", stacklevel=5)
+        return info
+
+    def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Density:
+        """p(φ | S, θ) at a point θ, by importance sampling from its expansion at the mode."""
+        return conditional(problem, theta, support)[0]
+
+    def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
+        """Weighted draws of (θ, φ) for new tasks; see the class."""
+        problem: Problem = fitted.problem
+        batch = problem.batch(support)
+        if not fitted.drawn:
+            density, info = conditional(problem, fitted.theta, batch, seed=seed)
+            return TaskPosterior(problem, fitted.theta, density, support, info=info, units=fitted.units)
+        names = [site.name for site in problem.sites.globals]
+        total = fitted.theta[names[0]].shape[0]
+        kept = torch.linspace(0, total - 1, min(total, _MOST_DRAWS_OF_THETA)).round().long()
+        theta = {k: v[kept] if k in names else v for k, v in fitted.theta.items()}
+        found, info = conditional_over_draws(problem, theta, batch, seed=seed)
+        smallest = float(info["effective_draws"].min())
+        if smallest < 100:
+            worst = support.ids[int(info["effective_draws"].argmin())]
+            warnings.warn(
+                f"NUTS.adapt: task {worst!r} leaves {smallest:.0f} effective draws of θ; it says much "
+                "about θ that the fit did not know. Fit it together with the others.",
+                stacklevel=3,
+            )
+        return TaskPosterior(problem, theta, found, support, drawn=True, info=info, units=fitted.units)
+
+
+def trouble(info: dict[str, Any]) -> list[str]:
+    """What is wrong with a run, in words; empty where nothing is."""
+    out = []
+    if info["divergences"]:
+        out.append(
+            f"{info['divergences']} divergent transitions. Raise target_accept (0.95), or write the "
+            "program non-centered."
+        )
+    if info["deep_trees"]:
+        out.append(f"{info['deep_trees']} trajectories hit max_tree_depth. Raise it, or rescale the columns.")
+    if "r_hat" in info and bool((info["r_hat"] > 1.01).any()):
+        out.append(f"split R̂ up to {float(info['r_hat'].max()):.3f} (above 1.01). Raise warmup and draws.")
+    if "ess_bulk" in info:
+        least = float(torch.minimum(info["ess_bulk"], info["ess_tail"]).min())
+        if least < 400:
+            out.append(f"an effective sample size of {least:.0f} (below 400). Raise draws.")
+    return out
+
+
+def _pack(problem: Problem, theta: Theta, phi: Tensor) -> Tensor:
+    parts = [problem.sites.theta_to_vector(theta)] if problem.sites.globals else []
+    return torch.cat([*parts, phi.reshape(-1)])
+
+
+def _unpack(problem: Problem, vector: Tensor, n_tasks: int) -> tuple[Theta, Tensor]:
+    size = problem.sites.theta_size
+    phi = vector[..., size:].reshape(*vector.shape[:-1], n_tasks, problem.sites.phi_size)
+    return problem.sites.theta_from_vector(vector[..., :size]), phi
+
+
+def log_density(problem: Problem, theta: Theta, vector: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """log p(θ, φ, y) in unconstrained space and its gradient, at one vector of all latents."""
+    vector = vector.detach().requires_grad_()
+    drawn, phi = _unpack(problem, vector, batch.n_tasks)
+    likelihood, local, prior = problem.terms({**theta, **drawn}, phi, batch)
+    value = likelihood.sum() + local.sum() + prior
+    (gradient,) = torch.autograd.grad(value, vector)
+    return value.detach(), gradient
+
+
+def staged_log_density(
+    problem: Problem, batch: Batch, theta: Theta, tier: Tier, expected_calls: int
+) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], float]:
+    """The log density as a function of float64 vectors on the CPU, staged; and what that took."""
+
+    def function(vector: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+        return log_density(problem, theta, vector, rows)
+
+    with torch.no_grad():
+        centre = _pack(problem, theta, problem.location(theta, batch))
+    staged = Staged(function, tier=tier, expected_calls=expected_calls, check_every=2**62)
+    run = staged.flat(centre, batch)
+    data = [t for t in (batch.x, batch.y, batch.mask, batch.task) if t is not None]
+    if centre.dtype == torch.float64 and centre.device.type == "cpu":
+
+        def potential(vector: Tensor) -> tuple[Tensor, Tensor]:
+            value, gradient = run(vector, *data)
+            return value, gradient
+
+    else:
+
+        def potential(vector: Tensor) -> tuple[Tensor, Tensor]:
+            value, gradient = run(vector.to(centre), *data)
+            return value.double().cpu(), gradient.double().cpu()
+
+    return potential, staged.seconds_staging

@@ -1,0 +1,221 @@
+"""The base of every inference strategy: a frozen set of settings that turns a program into a fit.
+
+A strategy's author writes as little as the method has of its own:
+
+    parameters   what it learns besides θ (an encoder), or nothing
+    posterior    q(φ | S) at a θ
+    loss         what training minimises; by default −log p(Q | φ, S) per query point
+    noise        the random numbers that the loss takes as inputs
+
+A method that is no gradient descent on a loss overrides `learn` instead (a sampler, a closed form).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hbmeta.densities import Delta, Density, Empirical, Gaussian
+from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
+from hbmeta.feeding import Needs, training_tasks
+from hbmeta.fitted import Fitted, Seconds
+from hbmeta.models import HierarchicalModel
+from hbmeta.posterior import TaskPosterior
+from hbmeta.problem import Problem
+from hbmeta.program import Batch, Program, Theta
+from hbmeta.staging import tier_of
+from hbmeta.tasks import Tasks, TaskSet
+from hbmeta.training import Learned, Options, train
+
+__all__ = ["Strategy"]
+
+
+@dataclass(frozen=True)
+class Strategy(abc.ABC):
+    """Settings of an approximation of p(φ | S, θ), and how to fit and to adapt it."""
+
+    needs: ClassVar[Needs] = "split"
+    """Whether the loss wants a query apart from the support, or all rows with a support inside."""
+    learns_spread: ClassVar[bool] = True
+    """Whether it estimates how much tasks vary, which takes two of them."""
+
+    @property
+    def name(self) -> str:
+        """The name of the class, under which it is saved."""
+        return type(self).__name__
+
+    def settings(self) -> dict[str, Any]:
+        """The settings, as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    def replaced(self, **overrides: Any) -> Strategy:
+        """The strategy with other settings; unknown names raise."""
+        known = [f.name for f in dataclasses.fields(self)]
+        unknown = [name for name in overrides if name not in known]
+        if unknown:
+            raise DataError(
+                self.name, needed=f"settings among {known}", found=repr(unknown[0]), do="Correct the name."
+            )
+        return dataclasses.replace(self, **overrides) if overrides else self
+
+    # -- what an author writes ------------------------------------------------------------------
+
+    def parameters(self, problem: Problem, tasks: Tasks, seed: int) -> nn.Module | None:
+        """What the strategy learns besides θ, initialised with `seed`; None by default."""
+        return None
+
+    @abc.abstractmethod
+    def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Density:
+        """q(φ | S) at θ; differentiable in θ and in the parameters of `own`."""
+
+    def loss(
+        self,
+        problem: Problem,
+        theta: Theta,
+        own: Any,
+        support: Batch,
+        query: Batch,
+        noise: Mapping[str, Tensor],
+    ) -> Tensor:
+        """(tasks,) what training minimises; by default −log p(Q | φ̂, S, θ) per query point."""
+        density = self.posterior(problem, theta, own, support)
+        if not isinstance(density, Delta):
+            raise NotImplementedError(f"{self.name} must define its loss")
+        log_predictive = problem.log_predictive(theta, density.loc, support, query)
+        return -log_predictive / query.counts.clamp_min(1.0)
+
+    def noise(self, problem: Problem, n_tasks: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the standard normal draws that `loss` takes; none by default."""
+        return {}
+
+    def check(self, problem: Problem) -> None:
+        """Raises UnsupportedModelError where the strategy makes no sense for the program."""
+
+    def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
+        """Finds θ and `own`; by default gradient descent on `loss`."""
+        return train(self, problem, data, options)
+
+    def adapt(self, fitted: Fitted, support: Tasks, seed: int) -> TaskPosterior:
+        """q(φ | S) of new tasks at the fitted θ."""
+        problem = fitted.problem
+        batch = problem.batch(support)
+        density = self.posterior(problem, fitted.theta, fitted.own, batch)
+        density = _detached(density)
+        self._check_finite(density, support)
+        return TaskPosterior(problem, fitted.theta, density, support, units=fitted.units)
+
+    # -- what nobody overrides ------------------------------------------------------------------
+
+    def fit(
+        self,
+        model: Program,
+        tasks: Any,
+        *,
+        steps: int = 2000,
+        tasks_per_step: int | None = None,
+        learning_rate: float = 1e-3,
+        theta_learning_rate: float = 1e-2,
+        decay: bool = True,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        compile: bool | str = "auto",
+        checkpoint: Any = None,
+        progress: bool | None = None,
+    ) -> Fitted:
+        """Fits the strategy to a model and its tasks.
+
+        Args:
+            model: a ready-made model or any Pyro program in the nested or flat layout.
+            tasks: Tasks, an Episode, a TaskSet (its support is used) or a source of tasks.
+            steps: training steps (ignored by strategies that do not train).
+            tasks_per_step: tasks in a step; None for all of them (25 of a source).
+            learning_rate: Adam's, for networks.
+            theta_learning_rate: Adam's, for global sites, in units of their prior's scale.
+            decay: lower both to zero along a half cosine.
+            seed: of everything random; the caller's random state is left alone.
+            device: where to run; the device of the data by default.
+            compile: "auto" lets the length of the fit decide; True, False, or a tier's name.
+            checkpoint: file to resume an interrupted fit from, and to write to on the way.
+            progress: show progress; by default where standard error is a terminal.
+        Returns:
+            Fitted.
+        Raises:
+            UnsupportedModelError: the strategy makes no sense for this program.
+            DataError, ProgramError: the data or the program cannot be used.
+            ConvergenceError: the loss became infinite or NaN.
+        """
+        start = time.perf_counter()
+        tier = tier_of(compile)
+        if not callable(model):
+            raise UnsupportedModelError(
+                f"{self.name}.fit",
+                needed="a model: a HierarchicalModel or a Pyro program",
+                found=type(model).__name__,
+                do="Pass the model first and the tasks second.",
+            )
+        if steps < 1:
+            raise DataError(f"{self.name}.fit", needed="steps of 1 or more", found=str(steps), do="Raise steps.")
+        known = training_tasks(tasks, seed)
+        if device is not None:
+            known = known.to(device=torch.device(device))
+        bound = model.bind(known) if isinstance(model, HierarchicalModel) else model
+        problem = Problem(bound, known)
+        if self.learns_spread and known.n_tasks < 2 and problem.sites.globals:
+            raise DataError(
+                f"{self.name}.fit",
+                needed="two groups or more, to estimate how much they vary",
+                found="one group",
+                do="Use NoPooling or NUTS for a single group.",
+            )
+        self.check(problem)
+        options = Options(
+            steps=steps, tasks_per_step=tasks_per_step, learning_rate=learning_rate,
+            theta_learning_rate=theta_learning_rate, decay=decay, seed=seed, tier=tier,
+            checkpoint=checkpoint, progress=progress,
+        )  # fmt: skip
+        learned = self.learn(problem, tasks, options)
+        schema = tasks.schema if isinstance(tasks, TaskSet) else None
+        return Fitted(
+            strategy=self,
+            model=bound,
+            problem=problem,
+            theta={k: v.detach() for k, v in learned.theta.items()},
+            drawn=learned.drawn,
+            own=learned.own,
+            tasks=known,
+            density=learned.density,
+            history=tuple(learned.history),
+            info=learned.info,
+            schema=schema,
+            seed=seed,
+            seconds=Seconds(time.perf_counter() - start, learned.seconds_staging),
+            chains=learned.chains,
+        )
+
+    def _check_finite(self, density: Density, support: Tasks) -> None:
+        values = density.phi if isinstance(density, Empirical) else density.loc
+        finite = torch.isfinite(values).all(-1)
+        finite = finite.all(0) if finite.ndim == 2 else finite
+        if not bool(finite.all()):
+            bad = support.ids[int((~finite).nonzero()[0])]
+            raise ConvergenceError(
+                f"{self.name}.adapt",
+                needed="finite task parameters",
+                found=f"NaN or infinity for task {bad!r}",
+                do="Lower step_size, or standardise x and y.",
+            )
+
+
+def _detached(density: Density) -> Density:
+    if isinstance(density, Delta):
+        return Delta(density.loc.detach())
+    if isinstance(density, Gaussian):
+        return density.detach()
+    return density

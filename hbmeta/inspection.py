@@ -1,0 +1,371 @@
+"""Reads the sites of a program from one validated run and checks the three-level convention."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import nn
+from torch.distributions import biject_to
+
+from hbmeta.errors import DataError, ProgramError
+from hbmeta.locations import location
+from hbmeta.program import (
+    Batch,
+    Layout,
+    Program,
+    Site,
+    Sites,
+    is_deterministic,
+    is_subsample,
+    isolated,
+)
+
+__all__ = ["inspect_program", "layouts", "program_name"]
+
+
+def layouts(program: Program) -> tuple[Layout, ...]:
+    """The layouts that the program's signature offers."""
+    target = program.forward if isinstance(program, nn.Module) else program
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return ("nested",)
+    if "task" not in parameters:
+        return ("nested",)
+    if "n_tasks" not in parameters:
+        raise ProgramError(
+            program_name(program),
+            needed="both keywords of the flat layout, `task` and `n_tasks`",
+            found="`task` alone",
+            do="Write def model(x, y=None, *, task, n_tasks).",
+        )
+    return (
+        ("flat",) if parameters["task"].default is inspect.Parameter.empty else ("nested", "flat")
+    )
+
+
+def program_name(program: Program) -> str:
+    return getattr(program, "__name__", type(program).__name__)
+
+
+class _Inspect(Messenger):
+    """Records every site of one run, latents drawn at their prior's location."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[dict[str, Any]] = []
+
+    def _pyro_sample(self, message: Any) -> None:
+        if (
+            not (is_subsample(message) or message["is_observed"])
+            and not message["fn"].has_enumerate_support
+        ):
+            with contextlib.suppress(ProgramError, NotImplementedError):
+                message["value"] = location(message["fn"], message["name"])
+                message["done"] = True
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if not is_subsample(message):
+            self.messages.append(dict(message))
+
+    def _pyro_param(self, message: Any) -> None:
+        if not isinstance(message["args"][0] if message["args"] else None, nn.Parameter):
+            raise ProgramError(
+                f"pyro.param {message['name']!r}",
+                needed="level-1 parameters as nn.Parameter of a PyroModule or as pyro.sample outside `task`",
+                found="a pyro.param statement",
+                do="Give it a prior with pyro.sample, or make the program a PyroModule that owns it.",
+            )
+
+
+def inspect_program(program: Program, batch: Batch) -> Sites:
+    """Reads the sites of a program from one validated run on real data.
+
+    Args:
+        program: the program.
+        batch: data with at least one row; its layout is the one that is checked.
+    Returns:
+        The sites by level.
+    Raises:
+        ProgramError: the program breaks the convention; names the site and the plate.
+        DataError: y lies outside the support of the response; names the site and a value.
+    """
+    name = program_name(program)
+    record = _Inspect()
+    with torch.random.fork_rng(devices=[]), isolated(batch.x.dtype, validate=True):
+        torch.manual_seed(0)
+        with record:
+            try:
+                batch.run(program, with_y=True)
+            except (ProgramError, DataError):
+                raise
+            except Exception as error:
+                raise ProgramError(
+                    name,
+                    needed=f"a program that runs on x {tuple(batch.x.shape)}, y {tuple(batch.y.shape) if batch.y is not None else None}"
+                    f" in the {batch.layout} layout",
+                    found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    do="Call it on these shapes by hand to see where it fails.",
+                ) from error
+        return _Reader(name, batch).read(record.messages)
+
+
+class _Reader:
+    """Checks the convention site by site and sorts the sites into levels."""
+
+    def __init__(self, name: str, batch: Batch) -> None:
+        self.name, self.batch = name, batch
+        self.nested = batch.task is None
+        self.frames: dict[str, Any] = {}
+
+    def read(self, messages: list[dict[str, Any]]) -> Sites:
+        groups: dict[str, list[Site]] = {
+            key: [] for key in ("global", "local", "observed", "det_local", "det_global")
+        }
+        seen: set[str] = set()
+        for message in messages:
+            if message["name"] in seen:
+                raise self.error(
+                    message,
+                    "a name of its own for every site",
+                    "two sites of this name",
+                    "Rename one.",
+                )
+            seen.add(message["name"])
+            self.check_plates(message)
+            frames = [frame.name for frame in message["cond_indep_stack"]]
+            local = "task" in frames
+            if is_deterministic(message):
+                value = message["value"]
+                shape = (
+                    tuple(value.shape[2 if self.nested else 1 :]) if local else tuple(value.shape)
+                )
+                key = (
+                    "det_local"
+                    if local and "point" not in frames
+                    else "det_global"
+                    if not local
+                    else None
+                )
+                if key:
+                    groups[key].append(
+                        Site(message["name"], "deterministic", "Delta", shape, shape, True)
+                    )
+            elif message["is_observed"]:
+                if type(message["fn"]).__name__ != "Unit":
+                    groups["observed"].append(self.observed(message, frames))
+            else:
+                groups["local" if local else "global"].append(self.latent(message, local, frames))
+        self.check_whole(groups, messages)
+        response = self.response(groups["observed"], messages)
+        return Sites(
+            tuple(groups["global"]),
+            tuple(groups["local"]),
+            tuple(groups["observed"]),
+            tuple(groups["det_local"]),
+            tuple(groups["det_global"]),
+            response,
+        )
+
+    def error(self, message: Mapping[str, Any], needed: str, found: str, do: str) -> ProgramError:
+        return ProgramError(
+            f"{self.name}, site {message['name']!r}", needed=needed, found=found, do=do
+        )
+
+    def check_plates(self, message: Mapping[str, Any]) -> None:
+        cells = {"task": self.batch.n_tasks, "point": self.batch.x.shape[1 if self.nested else 0]}
+        names = [frame.name for frame in message["cond_indep_stack"]]
+        for frame in message["cond_indep_stack"]:
+            known = self.frames.setdefault(frame.name, frame)
+            if names.count(frame.name) > 1 or (known.size, known.dim) != (frame.size, frame.dim):
+                raise self.error(
+                    message,
+                    f"one plate named {frame.name!r}",
+                    f"two plates of that name (sizes {known.size} and {frame.size}, dims {known.dim} and {frame.dim})",
+                    "Give the other plate a name of its own.",
+                )
+            if frame.name in cells and frame.size != cells[frame.name]:
+                raise self.error(
+                    message,
+                    f"plate {frame.name!r} of size {cells[frame.name]}, without subsampling",
+                    f"size {frame.size}",
+                    "Take the size from the shape of x (or n_tasks); fit(tasks_per_step=...) subsamples.",
+                )
+            expected = -2 if self.nested and frame.name == "task" else -1
+            if frame.name in cells and frame.dim != expected:
+                raise self.error(
+                    message,
+                    f"plate {frame.name!r} at dim {expected} in the {self.batch.layout} layout",
+                    f"dim {frame.dim}",
+                    f"Write pyro.plate({frame.name!r}, ..., dim={expected}).",
+                )
+        if not self.nested and "task" in names and "point" in names:
+            raise self.error(
+                message,
+                "plates `task` and `point` side by side in the flat layout",
+                "`point` nested inside `task`",
+                "Leave the `task` plate before `point` and index φ by `task`.",
+            )
+
+    def latent(self, message: Mapping[str, Any], local: bool, frames: list[str]) -> Site:
+        fn = message["fn"]
+        if "point" in frames:
+            raise self.error(
+                message,
+                "latent sites outside plate 'point'",
+                "a latent inside plate 'point'",
+                "Make it a task parameter, or integrate it out in the likelihood.",
+            )
+        if fn.support.is_discrete:
+            raise self.error(
+                message,
+                "continuous latent sites",
+                f"a discrete {'local' if local else 'global'} latent ({_family(fn)})",
+                "Sum it out in the likelihood (for a mixture: dist.MixtureSameFamily).",
+            )
+        extra = [name for name in frames if name != "task"]
+        if local and extra:
+            raise self.error(
+                message,
+                "task parameters in plate 'task' alone",
+                f"a further plate {extra[0]!r}",
+                "Draw them as one vector: .expand([k]).to_event(1) inside `task`.",
+            )
+        batch_shape = tuple(fn.batch_shape)
+        if local:
+            expected = (self.batch.n_tasks, 1) if self.nested else (self.batch.n_tasks,)
+            if batch_shape != expected:
+                raise self.error(
+                    message,
+                    f"batch shape {expected} from plate 'task'",
+                    f"batch shape {batch_shape}, with a dimension that is no plate",
+                    "Add .to_event(1) for a vector of parameters per task.",
+                )
+            shape = tuple(fn.event_shape)
+        else:
+            if self.batch.n_tasks > 1 and batch_shape[:1] == (self.batch.n_tasks,) and not frames:
+                raise self.error(
+                    message,
+                    "plate 'task' around parameters of the tasks",
+                    f"a site of batch shape {batch_shape} outside every plate",
+                    "Draw it inside `with pyro.plate('task', ...)`, or add .to_event(1) if it is level 1.",
+                )
+            shape = batch_shape + tuple(fn.event_shape)
+        transform = biject_to(fn.support)
+        full = tuple(transform.inverse_shape(fn.batch_shape + fn.event_shape))
+        unconstrained = full[len(batch_shape) :] if local else full
+        real = transform is torch.distributions.transforms.identity_transform
+        return Site(
+            message["name"], "local" if local else "global", _family(fn), shape, unconstrained, real
+        )
+
+    def observed(self, message: Mapping[str, Any], frames: list[str]) -> Site:
+        fn, value = message["fn"], message["value"]
+        if "task" not in frames and "point" not in frames:
+            raise self.error(
+                message,
+                "observed sites inside plates 'task' and 'point'",
+                "an observed site outside both",
+                "Draw y inside `with pyro.plate('task', ...)` and `with pyro.plate('point', ...)`.",
+            )
+        if "point" in frames:
+            missing = [p for p in ("task", "point") if p not in frames] if self.nested else []
+            if missing:
+                raise self.error(
+                    message,
+                    f"plate {missing[0]!r} around it",
+                    f"plates {frames}",
+                    "Nest the plates.",
+                )
+            cells = (
+                (self.batch.n_tasks, self.batch.x.shape[1])
+                if self.nested
+                else (self.batch.x.shape[0],)
+            )
+            if tuple(fn.batch_shape) != cells:
+                raise self.error(
+                    message,
+                    f"batch shape {cells} from the plates",
+                    f"batch shape {tuple(fn.batch_shape)}",
+                    "Check the shape of its parameters, and .to_event(1) for vectors.",
+                )
+        else:
+            raise self.error(
+                message,
+                "plate 'point' around the observations",
+                f"plates {frames}, batch shape {tuple(fn.batch_shape)}",
+                "Add `with pyro.plate('point', x.shape[-2]):` around the observed site.",
+            )
+        inside = fn.support.check(value)
+        while inside.ndim > len(fn.batch_shape):
+            inside = inside.all(-1)
+        bad = ~inside & self.batch.mask
+        if bool(bad.any()):
+            offending = value[bad][0]
+            raise DataError(
+                f"{self.name}, site {message['name']!r}",
+                needed=f"data in the support of {_family(fn)} ({fn.support})",
+                found=f"{offending.tolist()} in {int(bad.sum())} of {int(self.batch.mask.sum())} rows",
+                do="Correct these rows, or choose a family whose support holds them.",
+            )
+        return Site(
+            message["name"], "observed", _family(fn), tuple(fn.event_shape), tuple(fn.event_shape)
+        )
+
+    def check_whole(self, groups: Mapping[str, list[Site]], messages: list[dict[str, Any]]) -> None:
+        if "task" not in self.frames:
+            raise ProgramError(
+                self.name,
+                needed="a plate named 'task' over the tasks",
+                found=f"plates {sorted(self.frames) or 'none'}",
+                do="Wrap the task parameters in `with pyro.plate('task', n, dim=-2):` (nested) or dim=-1 (flat).",
+            )
+        if not groups["observed"]:
+            deterministic = [s.name for s in groups["det_local"] + groups["det_global"]] + [
+                m["name"] for m in messages if is_deterministic(m)
+            ]
+            found = (
+                f"deterministic site {deterministic[-1]!r}, which is no data"
+                if deterministic
+                else "none"
+            )
+            raise ProgramError(
+                self.name,
+                needed="an observed site: pyro.sample(name, distribution, obs=y) inside `point`",
+                found=found,
+                do="Pass y as obs of a distribution; pyro.deterministic adds nothing to the likelihood.",
+            )
+        if not groups["local"]:
+            raise ProgramError(
+                self.name,
+                needed="at least one latent site inside plate 'task' (the task parameters φ)",
+                found=f"latent sites {[s.name for s in groups['global']] or 'none'}, all outside it",
+                do="Draw what differs between tasks inside plate 'task'.",
+            )
+
+    def response(self, observed: list[Site], messages: list[dict[str, Any]]) -> str:
+        if len(observed) == 1:
+            return observed[0].name
+        for message in messages:
+            if message["is_observed"] and message["value"] is self.batch.y:
+                return str(message["name"])
+        raise ProgramError(
+            self.name,
+            needed="one observed site that takes y as it is (obs=y), so that predictions have a name",
+            found=f"observed sites {[s.name for s in observed]}",
+            do="Pass y itself as obs of the site that is to be predicted.",
+        )
+
+
+def _family(fn: Any) -> str:
+    while isinstance(
+        fn, (dist.MaskedDistribution, dist.ExpandedDistribution, torch.distributions.Independent)
+    ):
+        fn = fn.base_dist
+    return type(fn).__name__

@@ -1,0 +1,82 @@
+"""L-BFGS of a staged function: SciPy's, in float64, on one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor
+
+from hbmeta.errors import ConvergenceError
+from hbmeta.staging import Staged, Tier
+
+__all__ = ["Minimum", "minimise"]
+
+
+class Minimum(NamedTuple):
+    """Where a function is smallest: the point, its value, the evaluations and seconds of staging."""
+
+    point: Tensor
+    value: float
+    evaluations: int
+    converged: bool
+    seconds_staging: float
+
+
+def minimise(
+    function: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    where: str,
+    tier: Tier | Literal["auto"] = "auto",
+    iterations: int = 2000,
+    tolerance: float = 1e-7,
+) -> Minimum:
+    """The minimum of a smooth function of a vector.
+
+    Args:
+        function: vector to (), differentiable; traced once.
+        start: the vector to start from.
+        where: for the error.
+        tier: how to run it.
+        iterations: at most so many.
+        tolerance: on the largest entry of the gradient, relative to the number of data.
+    Raises:
+        ConvergenceError: the function is NaN or infinite at the start.
+    """
+
+    def value_and_gradient(vector: Tensor) -> tuple[Tensor, Tensor]:
+        vector = vector.detach().requires_grad_()
+        value = function(vector)
+        (gradient,) = torch.autograd.grad(value, vector)
+        return value.detach(), gradient
+
+    staged = Staged(value_and_gradient, tier=tier, expected_calls=400)
+    first = staged(start)[0]
+    if not bool(torch.isfinite(first)):
+        raise ConvergenceError(
+            where,
+            needed="a finite objective at the start",
+            found=str(first.item()),
+            do="Standardise x and y, or check the program's priors.",
+        )
+
+    def objective(point: Any) -> tuple[float, Any]:
+        value, gradient = staged(torch.from_numpy(point).to(start))
+        value = float(value)
+        if not np.isfinite(value):
+            return 1e300, np.zeros_like(point)
+        return value, gradient.double().cpu().numpy()
+
+    found = scipy.optimize.minimize(
+        objective,
+        start.detach().double().cpu().numpy().copy(),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": iterations, "maxfun": 4 * iterations, "maxcor": 30, "ftol": 1e-15, "gtol": tolerance},
+    )
+    point = torch.from_numpy(found.x).to(start)
+    return Minimum(point, float(found.fun), int(found.nfev), bool(found.success), staged.seconds_staging)

@@ -1,0 +1,357 @@
+"""q(φ_i | S_i) for a batch of tasks: what every inference strategy returns for them.
+
+A posterior holds θ (a point, or draws that go with its draws of φ), a density over φ in
+unconstrained space, and the support that it saw. What it gives out is constrained, by site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbmeta.densities import Delta, Density, Empirical, Gaussian
+from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.predictive import Predictive
+from hbmeta.problem import Problem
+from hbmeta.program import Batch, Theta
+from hbmeta.tasks import Tasks
+
+if TYPE_CHECKING:
+    import arviz
+
+__all__ = ["Particles", "TaskPosterior", "Units"]
+
+
+class Units(NamedTuple):
+    """y of the person's data = location + scale · y of the model."""
+
+    location: float = 0.0
+    scale: float = 1.0
+
+
+class Particles(NamedTuple):
+    """Draws of (θ, φ) with weights per task.
+
+    Attributes:
+        theta: θ; global sites carry a first axis of draws where `drawn`.
+        drawn: whether θ varies with the draw.
+        phi: (draws, tasks, phi_size), unconstrained.
+        log_weights: (draws, tasks), or None for equal weights.
+    """
+
+    theta: Theta
+    drawn: bool
+    phi: Tensor
+    log_weights: Tensor | None
+
+
+class TaskPosterior:
+    """The approximation q(φ_i | S_i) of a strategy, one per task.
+
+    Args:
+        problem: the program.
+        theta: θ, a point or draws.
+        density: q over φ in unconstrained space, one per task.
+        support: the tasks S_i that it saw.
+        drawn: whether θ holds draws, aligned with those of an `Empirical` density.
+        chains: number of chains that the draws fall into, for R̂ and ArviZ.
+        info: what the strategy measured on the way (evidence, effective draws, …).
+        units: undoes a standardised y in predictions.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        theta: Theta,
+        density: Density,
+        support: Tasks,
+        *,
+        drawn: bool = False,
+        chains: int = 1,
+        info: Mapping[str, Any] | None = None,
+        units: Units | None = None,
+    ) -> None:
+        self.problem, self.theta, self.density, self.support = problem, theta, density, support
+        self.drawn, self.chains = drawn, chains
+        self.info: dict[str, Any] = dict(info or {})
+        self.units = units or Units()
+
+    @property
+    def ids(self) -> tuple[Any, ...]:
+        """Labels of the tasks."""
+        return self.support.ids
+
+    def __repr__(self) -> str:
+        kind = type(self.density).__name__
+        return f"TaskPosterior({kind}, tasks={len(self.ids)}, phi_size={self.problem.sites.phi_size})"
+
+    def select(self, ids: Iterable[Any]) -> TaskPosterior:
+        """The posterior of some of the tasks, by id."""
+        ids = tuple(ids)
+        positions = torch.tensor([self.support.position(i) for i in ids], dtype=torch.int64)
+        return TaskPosterior(
+            self.problem,
+            self.theta,
+            self.density.select(positions),
+            self.support.select(ids),
+            drawn=self.drawn,
+            chains=self.chains,
+            info={k: v for k, v in self.info.items() if not isinstance(v, Tensor)},
+            units=self.units,
+        )
+
+    def particles(self, draws: int = 1000, seed: int = 0) -> Particles:
+        """Draws of (θ, φ): at most `draws` stored ones, evenly thinned, or fresh ones of a Gaussian."""
+        density = self.density
+        if isinstance(density, Delta):
+            return Particles(self.theta, False, density.loc.unsqueeze(0), None)
+        if isinstance(density, Gaussian):
+            generator = torch.Generator().manual_seed(seed)
+            shape = (draws, *density.loc.shape)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return Particles(self.theta, False, density.draw(noise.to(density.loc)), None)
+        kept = _thin(density.phi.shape[0], draws)
+        weights = None if density.log_weights is None else density.log_weights[kept]
+        return Particles(self._theta_at(kept), self.drawn, density.phi[kept], weights)
+
+    def _theta_at(self, kept: Tensor) -> Theta:
+        if not self.drawn:
+            return self.theta
+        names = {site.name for site in self.problem.sites.globals}
+        return {k: v[kept] if k in names else v for k, v in self.theta.items()}
+
+    def values(self, draws: int = 1000, seed: int = 0) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Constrained local sites (draws, tasks, *shape), latent and deterministic, and their weights."""
+        particles = self.particles(draws, seed)
+        batch = self.problem.batch(self.support)
+        found = self.problem.particle_values(particles.theta, particles.drawn, particles.phi, batch)
+        sites = (*self.problem.sites.locals, *self.problem.sites.deterministic_local)
+        shape = (particles.phi.shape[0], len(self.ids))
+        out = {s.name: found[s.name].expand(*shape, *s.shape) for s in sites}
+        return out, particles.log_weights
+
+    def sample(self, n: int, seed: int = 0) -> dict[str, Tensor]:
+        """n draws of every local site, constrained, (n, tasks, *shape), with equal weights.
+
+        Stored draws are taken with replacement where there are fewer of them or they are weighted.
+        """
+        values, weights = self.values(n, seed)
+        first = next(iter(values.values()))
+        if first.shape[0] == n and weights is None:
+            return values
+        tasks = len(self.ids)
+        generator = torch.Generator().manual_seed(seed + 1)
+        probabilities = torch.ones(tasks, first.shape[0]) if weights is None else weights.softmax(0).T
+        index = torch.multinomial(probabilities.double().cpu(), n, True, generator=generator).T
+        out = {}
+        for name, value in values.items():
+            full = index.reshape(n, tasks, *(1,) * (value.ndim - 2)).to(value.device)
+            out[name] = value.gather(0, full.expand(n, tasks, *value.shape[2:]))
+        return out
+
+    def moments(self, draws: int = 4000, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """Posterior mean and sd (tasks, *shape) of every local site, constrained."""
+        values, weights = self.values(draws, seed)
+        out = {}
+        for name, value in values.items():
+            if weights is None:
+                mean = value.mean(0)
+                spread = (value - mean).square().mean(0)
+            else:
+                w = weights.softmax(0).reshape(*weights.shape, *(1,) * (value.ndim - 2))
+                mean = (w * value).sum(0)
+                spread = (w * (value - mean).square()).sum(0)
+            out[name] = (mean, spread.sqrt())
+        return out
+
+    def log_prob(self, phi: Mapping[str, Tensor]) -> Tensor:
+        """log q(φ) (..., tasks) at constrained local sites (..., tasks, *shape), as `sample` gives them.
+
+        Raises:
+            UnsupportedModelError: q is a point or a set of draws and has no density.
+        """
+        missing = [s.name for s in self.problem.sites.locals if s.name not in phi]
+        if missing:
+            raise DataError(
+                "TaskPosterior.log_prob",
+                needed=f"all local sites {[s.name for s in self.problem.sites.locals]}",
+                found=f"no {missing[0]!r}",
+                do="Pass the dict that sample() returns.",
+            )
+        batch = self.problem.batch(self.support)
+        with torch.no_grad():
+            at_location = self.problem.run(self.theta, {}, batch, with_y=False)
+        unconstrained, jacobian = {}, torch.zeros(())
+        nested = batch.task is None
+        for site in self.problem.sites.locals:
+            transform = at_location.transforms[site.name]
+            value = phi[site.name].to(self.problem.dtype)
+            lead = value.ndim - len(site.shape)
+            value = value.unsqueeze(lead) if nested else value
+            u = transform.inv(value)
+            log_det = transform.log_abs_det_jacobian(u, value)
+            log_det = log_det.expand(u.shape) if site.real else log_det
+            jacobian = jacobian + log_det.reshape(*value.shape[:lead], -1).sum(-1)
+            unconstrained[site.name] = u.squeeze(lead) if nested else u
+        return self.density.log_prob(self.problem.sites.to_vector(unconstrained)) - jacobian
+
+    def kl(self, other: TaskPosterior) -> Tensor:
+        """(tasks,) KL(self ‖ other) in nats, in closed form between Gaussians.
+
+        The map to the supports is the same for both, so the divergence is that of the sites too.
+        """
+        a, b = self.density, other.density
+        if not (isinstance(a, Gaussian) and isinstance(b, Gaussian)):
+            raise UnsupportedModelError(
+                "TaskPosterior.kl",
+                needed="two Gaussian posteriors",
+                found=f"{type(a).__name__} and {type(b).__name__}",
+                do="Compare means and standard deviations instead (hbmeta.compare).",
+            )
+        left = a.scale if not a.diagonal else torch.diag_embed(a.scale)
+        right = b.scale if not b.diagonal else torch.diag_embed(b.scale)
+        return torch.distributions.kl_divergence(
+            torch.distributions.MultivariateNormal(a.loc, scale_tril=left),
+            torch.distributions.MultivariateNormal(b.loc, scale_tril=right),
+        )
+
+    def predict(self, x: Tasks | Tensor, *, draws: int = 1000, seed: int = 0) -> Predictive:
+        """The predictive of new points of these tasks.
+
+        Args:
+            x: inputs (tasks, points, features), or `Tasks` with the same ids.
+            draws: draws of the posterior that enter the mixture.
+            seed: for draws of a Gaussian and of the predictive.
+        Returns:
+            a Predictive shaped as y, in the units of the data.
+        """
+        tasks = x if isinstance(x, Tasks) else Tasks(x, ids=self.ids, features=self.support.features)
+        if tasks.ids != self.ids or tasks.features != self.support.features:
+            raise DataError(
+                "predict",
+                needed=f"inputs of these {len(self.ids)} tasks with features {self.support.features}",
+                found=f"{len(tasks.ids)} tasks with features {tasks.features}",
+                do="Use posterior.select(ids), and the columns of the fit in their order.",
+            )
+        tasks = tasks.to(device=self.problem.device, dtype=self.problem.dtype)
+        particles = self.particles(draws, seed)
+        units = {"location": self.units.location, "scale": self.units.scale, "seed": seed}
+        exact = _linear_gaussian(self.problem, self.theta, self.density, tasks)
+        if exact is not None:
+            return Predictive(exact, tasks, joint=exact.joint, **units)  # type: ignore[arg-type]
+        mixture = _Mixture(self.problem, particles, tasks)
+        return Predictive(mixture, tasks, log_weights=particles.log_weights, **units)  # type: ignore[arg-type]
+
+    def to_inference_data(self, draws: int = 1000, seed: int = 0) -> arviz.InferenceData:
+        """ArviZ groups posterior, log_likelihood, observed_data and constant_data, dims by plate."""
+        from hbmeta.inference_data import posterior_to_inference_data
+
+        return posterior_to_inference_data(self, draws=draws, seed=seed)
+
+
+def _thin(available: int, wanted: int) -> Tensor:
+    if available <= wanted:
+        return torch.arange(available)
+    return torch.linspace(0, available - 1, wanted).round().long()
+
+
+def _rows(problem: Problem, batch: Batch, values: Tensor) -> Tensor:
+    """(draws, *cells, ...) of the problem's layout as (draws, rows, ...)."""
+    return values if batch.task is not None else values[:, batch.mask]
+
+
+class _Mixture:
+    """p(y | φ_s, θ_s) at flat rows, a chunk of draws at a time."""
+
+    def __init__(self, problem: Problem, particles: Particles, tasks: Tasks) -> None:
+        self.problem, self.particles = problem, particles
+        self.batch = problem.batch(tasks)
+        self.n_draws = particles.phi.shape[0]
+
+    def distribution(self, start: int, stop: int) -> Any:
+        p = self.particles
+        names = {site.name for site in self.problem.sites.globals} if p.drawn else set()
+        theta = {k: v[start:stop] if k in names else v for k, v in p.theta.items()}
+        found = self.problem.particle_response(theta, p.drawn, p.phi[start:stop], self.batch)
+        if self.batch.task is not None:
+            return found
+        return _pick_cells(found, self.batch.mask)
+
+
+def _pick_cells(distribution: Any, mask: Tensor) -> Any:
+    """A distribution over (draws, tasks, points) restricted to the real cells, (draws, rows)."""
+    event_dims = 0
+    if isinstance(distribution, torch.distributions.Independent):
+        event_dims = distribution.reinterpreted_batch_ndims
+        distribution = distribution.base_dist
+    from hbmeta.problem import parameter_names
+
+    parameters = {n: getattr(distribution, n)[:, mask] for n in parameter_names(distribution)}
+    out = type(distribution)(**parameters, validate_args=False)
+    return out.to_event(event_dims) if event_dims else out
+
+
+class _LinearGaussian:
+    """The exact predictive of y ~ Normal(a + A ε, s²), ε ~ N(0, I): one Normal per row."""
+
+    n_draws = 1
+
+    def __init__(self, mean: Tensor, columns: Tensor, noise: Tensor, tasks: Tasks) -> None:
+        self.mean, self.columns, self.noise, self.tasks = mean, columns, noise, tasks
+
+    def distribution(self, start: int, stop: int) -> Any:
+        variance = self.noise.square() + self.columns.square().sum(0)
+        return torch.distributions.Normal(
+            self.mean.unsqueeze(0), variance.sqrt().unsqueeze(0), validate_args=False
+        )
+
+    def joint(self, y: Tensor) -> Tensor:
+        """(tasks,) log N(y_i; a_i, A_i A_iᵀ + s² I), with padding that adds a standard normal at 0."""
+        tasks = self.tasks
+        mask = tasks.mask
+        residual = torch.where(mask, tasks.pad(y - self.mean), 0.0)
+        columns = torch.where(mask.unsqueeze(-1), tasks.pad(self.columns.T), 0.0)
+        noise = torch.where(mask, tasks.pad(self.noise), 1.0)
+        # Rank phi_size: the determinant and the inverse of I + BᵀB with B = s⁻¹A instead of a
+        # points × points matrix (matrix determinant lemma, Woodbury).
+        b = columns / noise.unsqueeze(-1)
+        r = residual / noise
+        inner = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device) + b.mT @ b
+        factor = torch.linalg.cholesky(inner)
+        projected = torch.linalg.solve_triangular(factor, b.mT @ r.unsqueeze(-1), upper=False)
+        quadratic = r.square().sum(-1) - projected.squeeze(-1).square().sum(-1)
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 2 * noise.log().sum(-1)
+        count = mask.sum(-1)
+        return -0.5 * (quadratic + log_det + count * torch.log(torch.tensor(2 * torch.pi)))
+
+
+def _linear_gaussian(
+    problem: Problem, theta: Theta, density: Density, tasks: Tasks
+) -> _LinearGaussian | None:
+    """The exact predictive where q is Gaussian and y Normal with a mean linear in φ, else None.
+
+    Linearity is tested, not declared: at the columns of L, at twice the first and at a random sum.
+    """
+    if not isinstance(density, Gaussian) or tasks.n_points == 0:
+        return None
+    size = density.loc.shape[-1]
+    tril = torch.diag_embed(density.scale) if density.diagonal else density.scale
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(size, generator=generator, dtype=torch.float64).to(tril)
+    steps = torch.cat([torch.zeros_like(mix)[None], torch.eye(size).to(tril), 3 * mix[None]])
+    phi = density.loc + torch.einsum("tij,sj->sti", tril, steps)
+    batch = problem.batch(tasks)
+    found = problem.particle_response(theta, False, phi, batch)
+    if type(found).__name__ != "Normal":
+        return None
+    mean, noise = (_rows(problem, batch, v.expand(found.batch_shape)) for v in (found.loc, found.scale))
+    columns = mean[1:-1] - mean[0]
+    predicted = mean[0] + 3 * torch.einsum("s,sn->n", mix, columns)
+    scale = mean.abs().max() + 1e-12
+    tolerance = 1e-9 if mean.dtype == torch.float64 else 1e-5
+    linear = (mean[-1] - predicted).abs().max() <= tolerance * scale
+    constant = (noise - noise[0]).abs().max() <= tolerance * noise[0].abs().max()
+    return _LinearGaussian(mean[0], columns, noise[0], tasks) if bool(linear & constant) else None

@@ -1,0 +1,396 @@
+"""Reads a three-level Pyro program: sites, plates, supports, and log densities per task.
+
+A program is any callable that Pyro can run, in one of two layouts (docs/design.md, "Program"):
+
+    nested   model(x, y=None)                     plates `task` (dim -2) and, inside it, `point` (dim -1)
+    flat     model(x, y=None, *, task, n_tasks)   plates `task` and `point`, not nested; φ[task] per row
+
+One handler runs the program with θ and φ given in unconstrained space and collects
+log p(y | φ, θ), log p(φ | θ) and log p(θ), the last two with the Jacobian of the transform.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from hbmeta.locations import location
+from hbmeta.tasks import Tasks
+
+Program = Callable[..., Any]
+Phi = dict[str, Tensor]
+Theta = dict[str, Tensor]
+Layout = Literal["nested", "flat"]
+Level = Literal["global", "local", "observed", "deterministic", "factor"]
+
+__all__ = [
+    "Batch",
+    "Evaluation",
+    "Layout",
+    "Phi",
+    "Program",
+    "Site",
+    "Sites",
+    "Theta",
+    "evaluate",
+    "isolated",
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The data of a batch of tasks as a program sees them; a tree of tensors.
+
+    Attributes:
+        x: (tasks, points, features) nested, (rows, features) flat.
+        y: (tasks, points, ...) nested, (rows, ...) flat; None where only inputs are known.
+        mask: True where a cell is a real row; (tasks, points) nested, (rows,) flat.
+        task: (rows,) the group index of the flat layout; None marks the nested one.
+        n_tasks: number of tasks, those without rows counted.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    mask: Tensor
+    task: Tensor | None
+    n_tasks: int
+
+    @staticmethod
+    def of(tasks: Tasks, layout: Layout) -> Batch:
+        """The batch of all rows of `tasks` in the given layout."""
+        if layout == "nested":
+            return Batch(tasks.x, tasks.y, tasks.mask, None, tasks.n_tasks)
+        rows = torch.ones(tasks.n_points, dtype=torch.bool, device=tasks.device)
+        return Batch(tasks.flat_x, tasks.flat_y, rows, tasks.task, tasks.n_tasks)
+
+    @property
+    def layout(self) -> Layout:
+        return "nested" if self.task is None else "flat"
+
+    @property
+    def counts(self) -> Tensor:
+        """(tasks,) number of real rows per task, in the dtype of x."""
+        return self.per_task(self.mask.to(self.x.dtype))
+
+    def per_task(self, rows: Tensor) -> Tensor:
+        """Sums (tasks, points) or (rows,) values over the rows of each task, whatever the mask."""
+        if self.task is None:
+            return rows.sum(-1)
+        return rows.new_zeros(self.n_tasks).index_add(0, self.task, rows)
+
+    def where(self, mask: Tensor) -> Batch:
+        """The same cells with another mask: how a support or a query is cut from a task."""
+        return Batch(self.x, self.y, mask, self.task, self.n_tasks)
+
+    def run(self, program: Program, *, with_y: bool) -> None:
+        """Calls the program on this batch, in its own layout."""
+        y = self.y if with_y else None
+        if self.task is None:
+            program(self.x, y)
+        else:
+            program(self.x, y, task=self.task, n_tasks=self.n_tasks)
+
+
+def _flatten(batch: Batch) -> tuple[list[Any], int]:
+    return [batch.x, batch.y, batch.mask, batch.task], batch.n_tasks
+
+
+torch.utils._pytree.register_pytree_node(Batch, _flatten, lambda leaves, n: Batch(*leaves, n))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site of a program.
+
+    Attributes:
+        level: where it stands in the three-level model.
+        family: name of its distribution.
+        shape: constrained shape; for local sites that of one task, for observed ones of one point.
+        unconstrained_shape: shape of the latent after the transform of its support, likewise.
+        real: True where the support is the whole space, so that transform and Jacobian vanish.
+    """
+
+    name: str
+    level: Level
+    family: str
+    shape: tuple[int, ...]
+    unconstrained_shape: tuple[int, ...]
+    real: bool = False
+
+    @property
+    def size(self) -> int:
+        return int(torch.Size(self.unconstrained_shape).numel())
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All sites of a program, by level, in the order in which they are drawn."""
+
+    globals: tuple[Site, ...]
+    locals: tuple[Site, ...]
+    observed: tuple[Site, ...]
+    deterministic_local: tuple[Site, ...] = ()
+    deterministic_global: tuple[Site, ...] = ()
+    response: str = ""
+
+    @property
+    def phi_size(self) -> int:
+        """Dimension of φ_i in unconstrained space."""
+        return sum(site.size for site in self.locals)
+
+    @property
+    def theta_size(self) -> int:
+        """Dimension of the global sites in unconstrained space."""
+        return sum(site.size for site in self.globals)
+
+    def to_vector(self, phi: Mapping[str, Tensor]) -> Tensor:
+        """Unconstrained φ by site, (..., tasks, *shape), as one vector (..., tasks, phi_size)."""
+        parts = []
+        for site in self.locals:
+            value = phi[site.name]
+            lead = value.shape[: value.ndim - len(site.unconstrained_shape)]
+            parts.append(value.reshape(*lead, site.size))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def from_vector(self, vector: Tensor) -> Phi:
+        """The inverse of `to_vector`."""
+        return _split(vector, self.locals)
+
+    def theta_to_vector(self, theta: Mapping[str, Tensor]) -> Tensor:
+        """Unconstrained global sites (..., *shape) as one vector (..., theta_size)."""
+        parts = []
+        for site in self.globals:
+            value = theta[site.name]
+            lead = value.shape[: value.ndim - len(site.unconstrained_shape)]
+            parts.append(value.reshape(*lead, site.size))
+        return torch.cat(parts, -1)
+
+    def theta_from_vector(self, vector: Tensor) -> Theta:
+        """The inverse of `theta_to_vector`."""
+        return _split(vector, self.globals)
+
+    def describe(self) -> str:
+        """A table of the sites, one line each."""
+        rows = [("site", "level", "family", "shape")]
+        for group in (
+            self.globals,
+            self.locals,
+            self.deterministic_global,
+            self.deterministic_local,
+            self.observed,
+        ):
+            rows += [(s.name, s.level, s.family, str(tuple(s.shape))) for s in group]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def _split(vector: Tensor, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+    out, start = {}, 0
+    for site in sites:
+        part = vector[..., start : start + site.size]
+        out[site.name] = part.reshape((*vector.shape[:-1], *site.unconstrained_shape))
+        start += site.size
+    return out
+
+
+@dataclass
+class Evaluation:
+    """What one run of a program gave.
+
+    Attributes:
+        log_likelihood: log p(y | φ, θ) per cell, (tasks, points) or (rows,), not yet masked.
+        log_factor: (tasks,) sum of `pyro.factor` terms inside `task`.
+        log_local: (tasks,) log p(φ | θ) in unconstrained space.
+        log_global: () log p(θ) in unconstrained space.
+        values: constrained values of every latent and deterministic site.
+        unconstrained: where each latent stood, and transforms: the maps to its support.
+        response: the distribution of the response, cells as batch.
+    """
+
+    log_likelihood: Tensor | None = None
+    log_factor: Tensor | None = None
+    log_local: Tensor | None = None
+    log_global: Tensor | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
+    unconstrained: dict[str, Tensor] = field(default_factory=dict)
+    transforms: dict[str, Any] = field(default_factory=dict)
+    response: Any = None
+
+
+@contextlib.contextmanager
+def isolated(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
+    """Runs a program without touching the parameter store, the validation switch or the default dtype.
+
+    Inside, numbers written in the program (`Normal(0.0, 0.1)`) take the dtype of the data. Without
+    the scope a module's parameters would be read from Pyro's global store, and the θ that was
+    passed would be ignored without a word.
+    """
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with pyro.get_param_store().scope(), pyro.validation_enabled(validate):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def is_subsample(message: Any) -> bool:
+    return type(message["fn"]).__name__ == "_Subsample"
+
+
+def is_deterministic(message: Any) -> bool:
+    if message["infer"].get("_deterministic"):
+        return True
+    fn = message["fn"]
+    while isinstance(
+        fn, (dist.MaskedDistribution, dist.ExpandedDistribution, torch.distributions.Independent)
+    ):
+        fn = fn.base_dist
+    return bool(message["is_observed"]) and isinstance(fn, dist.Delta)
+
+
+class _Run(Messenger):
+    """Gives every latent its value from unconstrained space and collects the log densities.
+
+    A latent without a value takes the location of its prior, pushed through the program so far.
+    """
+
+    def __init__(
+        self, theta: Mapping[str, Tensor], phi: Mapping[str, Tensor], batch: Batch, response: str
+    ) -> None:
+        super().__init__()
+        self.theta, self.phi, self.batch, self.name_of_response = theta, phi, batch, response
+        self.result = Evaluation()
+
+    def _pyro_sample(self, message: Any) -> None:
+        name = message["name"]
+        if is_subsample(message) or message["is_observed"]:
+            return
+        fn = message["fn"]
+        if name == self.name_of_response:
+            # Only the distribution is wanted here; any value of the right shape will do.
+            message["value"] = torch.zeros(
+                fn.batch_shape + fn.event_shape, dtype=self.batch.x.dtype
+            )
+            message["done"] = True
+            return
+        local = any(frame.name == "task" for frame in message["cond_indep_stack"])
+        transform = biject_to(fn.support)
+        given = self.phi.get(name) if local else self.theta.get(name)
+        if given is None:
+            value = location(fn, name)
+            unconstrained = transform.inv(value)
+        else:
+            # φ is (tasks, *shape); a nested program wants (tasks, 1, *shape), the 1 being `point`.
+            unconstrained = given.unsqueeze(1) if local and self.batch.task is None else given
+            value = transform(unconstrained)
+        self.result.transforms[name] = transform
+        self.result.unconstrained[name] = unconstrained
+        message["value"] = value
+        message["done"] = True
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if is_subsample(message):
+            return
+        name, fn, value, out = message["name"], message["fn"], message["value"], self.result
+        frames = [frame.name for frame in message["cond_indep_stack"]]
+        local = "task" in frames
+        if is_deterministic(message):
+            out.values[name] = (
+                value.squeeze(1) if local and self.batch.task is None and value.ndim > 1 else value
+            )
+            return
+        if name == self.name_of_response and not message["is_observed"]:
+            out.response = fn
+            return
+        log_prob = scale_and_mask(fn.log_prob(value), message["scale"], message["mask"])
+        if message["is_observed"]:
+            if name == self.name_of_response:
+                out.response = fn
+            if type(fn).__name__ == "Unit":
+                if local:
+                    out.log_factor = _add(
+                        out.log_factor, _per_task(log_prob, self.batch, "point" in frames)
+                    )
+                else:
+                    out.log_global = _add(out.log_global, log_prob.sum())
+            elif "point" in frames:
+                out.log_likelihood = _add(out.log_likelihood, log_prob)
+            else:
+                out.log_factor = _add(out.log_factor, _per_task(log_prob, self.batch, False))
+            return
+        transform, unconstrained = out.transforms[name], out.unconstrained[name]
+        if transform is not torch.distributions.transforms.identity_transform:
+            jacobian = transform.log_abs_det_jacobian(unconstrained, value)
+            log_prob = log_prob + jacobian.reshape(*jacobian.shape[: log_prob.ndim], -1).sum(-1)
+        if local:
+            out.log_local = _add(out.log_local, _per_task(log_prob, self.batch, False))
+            nested = self.batch.task is None
+            out.values[name] = value.squeeze(1) if nested else value
+            out.unconstrained[name] = unconstrained.squeeze(1) if nested else unconstrained
+        else:
+            out.log_global = _add(out.log_global, log_prob.sum())
+            out.values[name] = value
+
+
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+def _per_task(log_prob: Tensor, batch: Batch, in_point: bool) -> Tensor:
+    if in_point:
+        return batch.per_task(torch.where(batch.mask, log_prob, torch.zeros_like(log_prob)))
+    return log_prob.sum(-1) if batch.task is None else log_prob
+
+
+def evaluate(
+    program: Program,
+    theta: Mapping[str, Tensor],
+    phi: Mapping[str, Tensor],
+    batch: Batch,
+    *,
+    response: str,
+    with_y: bool = True,
+) -> Evaluation:
+    """Runs the program once at θ and φ (unconstrained); latents that are not given sit at their location.
+
+    Args:
+        program: the program, in the layout of the batch.
+        theta: module parameters by qualified name, global sites by name, unconstrained.
+        phi: local sites by name, (tasks, *unconstrained_shape).
+        batch: the data.
+        response: name of the observed site that holds y.
+        with_y: False leaves y out and gives only its distribution.
+    """
+    parameters = {}
+    runnable = program
+    if isinstance(program, nn.Module):
+        parameters = {name: theta[name] for name, _ in program.named_parameters() if name in theta}
+        if parameters:
+            runnable = _Functional(program, parameters)
+    run = _Run(theta, phi, batch, response)
+    with isolated(batch.x.dtype), run:
+        batch.run(runnable, with_y=with_y)
+    return run.result
+
+
+class _Functional:
+    """The module with other parameters in their place, for one call."""
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        self.module, self.parameters = module, parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.module, dict(self.parameters), args, kwargs)

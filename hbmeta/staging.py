@@ -1,0 +1,308 @@
+"""A function of tensors traced once through Pyro's handlers and compiled: why a program need not be slow.
+
+`make_fx` runs the function once in Python (program, handlers, `torch.autograd.grad` and all) and
+leaves plain ATen operations; Inductor compiles that graph. Three tiers (docs/design.md, "Staging"):
+
+    "eager"     the function itself
+    "graph"     the traced graph, not compiled: no handlers, no C++ compiler needed
+    "compiled"  the graph through Inductor
+
+A graph freezes every Python number that it met, so a staged function is keyed on the structure,
+shape, dtype, stride and device of its inputs, and is traced anew for another key. Random draws must
+be inputs: a graph that draws is refused. Every `check_every` calls the graph is compared with the
+function itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from hbmeta.errors import HbmetaError
+
+Tier = Literal["eager", "graph", "compiled"]
+TIERS: tuple[Tier, ...] = ("eager", "graph", "compiled")
+
+# A compiled graph pays its compilation back after this many seconds of eager work; the constant is
+# of the order of a compilation (1 s for small graphs, about 15 ms a node for large ones).
+_SECONDS_PER_NODE = 0.015
+_SECONDS_TO_COMPILE = 2.0
+# Below this many elements a second thread costs more than it brings.
+_ELEMENTS_FOR_THREADS = 100_000
+
+__all__ = ["TIERS", "Staged", "StagingError", "Tier", "compiler_available", "tier_of"]
+
+
+class StagingError(HbmetaError, RuntimeError):
+    """A function cannot be traced, or its graph disagrees with it."""
+
+
+def tier_of(compile: bool | str) -> Tier | Literal["auto"]:
+    """The tier that a `compile=` argument asks for.
+
+    Args:
+        compile: "auto", True ("compiled"), False ("eager"), or the name of a tier.
+    """
+    if compile is True:
+        return "compiled"
+    if compile is False:
+        return "eager"
+    if compile == "auto" or compile in TIERS:
+        return compile  # type: ignore[return-value]
+    raise StagingError(
+        "compile",
+        needed=f"True, False, 'auto' or one of {', '.join(TIERS)}",
+        found=repr(compile),
+        do="Use 'auto' to let the length of the fit decide.",
+    )
+
+
+def compiler_available() -> bool:
+    """Whether Inductor can build CPU code here; says so once where it cannot."""
+    from torch._inductor import config
+
+    candidates = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else (config.cpp.cxx,)
+    if (
+        any(shutil.which(c) for c in candidates if c)
+        or shutil.which("g++")
+        or shutil.which("clang++")
+    ):
+        return True
+    warnings.warn(
+        "No C++ compiler was found, so programs run as traced graphs (3 to 10 times slower than "
+        "compiled ones). Install g++ or clang to compile them.",
+        stacklevel=2,
+    )
+    return False
+
+
+class Staged:
+    """A function of nested tensors that runs traced, and compiled once that pays.
+
+    Args:
+        function: takes and returns trees of tensors; calls `torch.autograd.grad` itself if it
+            differentiates. It must not draw random numbers.
+        tier: a tier, or "auto" to climb from eager to compiled as the work proves long.
+        expected_calls: how often it will be called, for "auto".
+        check_every: compare with the function itself at the first call and then every so many;
+            0 for never.
+        rtol: largest relative difference that the comparison accepts; by default 1e-4 in float32
+            and 1e-9 in float64.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        tier: Tier | Literal["auto"] = "compiled",
+        expected_calls: int = 10_000,
+        check_every: int = 0,
+        rtol: float | None = None,
+    ) -> None:
+        self.function, self.wanted, self.expected_calls = function, tier, expected_calls
+        self.check_every, self.rtol = check_every, rtol
+        self.calls = 0
+        self.seconds_staging = 0.0
+        self._eager_seconds = 0.0
+        self._plans: dict[Any, _Plan] = {}
+
+    @property
+    def tier(self) -> Tier:
+        """The highest tier that is in use."""
+        reached = [plan.tier for plan in self._plans.values()]
+        return max(reached, key=TIERS.index) if reached else "eager"
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(args)
+        key = (structure, tuple(_leaf_key(leaf) for leaf in leaves))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = _Plan()
+        self._climb(plan, args, leaves)
+        self.calls += 1
+        if plan.run is None:
+            start = time.perf_counter()
+            result = self.function(*args)
+            plan.eager_calls += 1
+            plan.eager_seconds += time.perf_counter() - start
+            return result
+        flat = plan.run(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        result = pytree.tree_unflatten(flat, plan.structure)
+        if self.check_every and self.calls % self.check_every == 0:
+            self._check(args, flat, plan)
+        return result
+
+    def prepare(self, *args: Any) -> None:
+        """Stages for inputs like these, without counting a call."""
+        leaves, structure = pytree.tree_flatten(args)
+        key = (structure, tuple(_leaf_key(leaf) for leaf in leaves))
+        plan = self._plans.setdefault(key, _Plan())
+        self._climb(plan, args, leaves)
+
+    def flat(self, *args: Any) -> Callable[..., Any]:
+        """The bare staged callable for inputs like these: tensors in, list of tensors out.
+
+        For inner loops in other languages (a sampler): no tree and no key at each call.
+        """
+        leaves, structure = pytree.tree_flatten(args)
+        key = (structure, tuple(_leaf_key(leaf) for leaf in leaves))
+        self.prepare(*args)
+        run = self._plans[key].run
+        if run is None:
+            return lambda *tensors: pytree.tree_leaves(
+                self.function(*pytree.tree_unflatten(list(tensors), structure))
+            )
+        return run
+
+    def _climb(self, plan: _Plan, args: Any, leaves: list[Any]) -> None:
+        target = self._target(plan)
+        if TIERS.index(target) <= TIERS.index(plan.tier):
+            return
+        start = time.perf_counter()
+        if plan.graph is None:
+            plan.graph, plan.structure = trace(self.function, args)
+            plan.run, plan.tier = plan.graph, "graph"
+            target = self._target(plan)
+        if target == "compiled" and compiler_available():
+            plan.run, plan.tier = compile_graph(plan.graph, leaves), "compiled"
+        elif target == "compiled":
+            self.wanted = "graph"
+        self.seconds_staging += time.perf_counter() - start
+        if self.check_every:
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            assert plan.run is not None
+            self._check(args, plan.run(*tensors), plan)
+
+    def _target(self, plan: _Plan) -> Tier:
+        if self.wanted != "auto":
+            return self.wanted
+        if plan.eager_calls < 3:
+            return "eager"
+        # What is left, at eager speed, against what staging costs. Tracing runs the function about
+        # as often as a few dozen eager calls; compiling grows with the number of nodes.
+        each = plan.eager_seconds / plan.eager_calls
+        left = each * max(self.expected_calls - self.calls, 0)
+        if left < 60 * each + 0.5:
+            return "eager"
+        nodes = 300 if plan.graph is None else len(plan.graph.graph.nodes)
+        return (
+            "compiled" if left > 2 * (_SECONDS_TO_COMPILE + _SECONDS_PER_NODE * nodes) else "graph"
+        )
+
+    def _check(self, args: Any, staged: list[Any], plan: _Plan) -> None:
+        eager = pytree.tree_leaves(self.function(*args))
+        for wanted, found in zip(eager, staged, strict=True):
+            if not isinstance(wanted, Tensor) or not wanted.is_floating_point():
+                continue
+            rtol = self.rtol or (1e-9 if wanted.dtype == torch.float64 else 1e-4)
+            scale = wanted.detach().abs().max().clamp_min(1e-12)
+            difference = ((wanted - found).abs().max() / scale).item()
+            if not difference <= rtol and bool(torch.isfinite(wanted).all()):
+                raise StagingError(
+                    getattr(self.function, "__qualname__", "function"),
+                    needed=f"a graph equal to the program to a relative {rtol:g}",
+                    found=f"a difference of {difference:.3g} at call {self.calls}",
+                    do="A Python number changed after tracing (a setting, float(tensor), a global). "
+                    "Pass it as an input, or use compile=False.",
+                )
+
+
+class _Plan:
+    """How one key of inputs is run."""
+
+    def __init__(self) -> None:
+        self.tier: Tier = "eager"
+        self.graph: GraphModule | None = None
+        self.run: Callable[..., Any] | None = None
+        self.structure: Any = None
+        self.eager_calls, self.eager_seconds = 0, 0.0
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.device)
+    return leaf
+
+
+def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
+    """The graph of `function` at inputs like `args`, and the structure of its result.
+
+    The graph takes the tensors of `args` in order and returns the flat list of result tensors.
+    """
+    leaves, structure = pytree.tree_flatten(args)
+    out: dict[str, Any] = {}
+
+    def flat(*tensors: Tensor) -> list[Any]:
+        supply = iter(tensors)
+        filled = [next(supply) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        result = function(*pytree.tree_unflatten(filled, structure))
+        values, out["structure"] = pytree.tree_flatten(result)
+        return values
+
+    # The same tensor given twice would be merged into one input: support and query often share
+    # memory. Clones keep strides, so the key still holds.
+    tensors = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    try:
+        graph = make_fx(flat, tracing_mode="real")(*tensors)
+    except HbmetaError:
+        raise
+    except Exception as error:
+        raise StagingError(
+            getattr(function, "__qualname__", "function"),
+            needed="a program of tensor operations, without branches on values of tensors",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            do="Use compile=False, or replace the branch by torch.where.",
+        ) from error
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(
+            node.target, "tags", ()
+        ):
+            raise StagingError(
+                getattr(function, "__qualname__", "function"),
+                needed="random numbers as inputs",
+                found=f"a draw inside the graph ({node.target})",
+                do="Draw the noise outside and pass it in.",
+            )
+    graph.graph.eliminate_dead_code()
+    _merge_repeats(graph)
+    graph.recompile()
+    return graph, out["structure"]
+
+
+def _merge_repeats(graph: GraphModule) -> None:
+    """Common subexpressions once: handlers ask for the same expansion again and again."""
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    graph.graph = fx_graph_cse(graph.graph)
+
+
+def compile_graph(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
+    """The graph through Inductor, without Dynamo's guards: the caller's key is the guard."""
+    import torch._inductor as inductor
+    from torch._inductor import config
+
+    tensors = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    largest = max((_largest(node) for node in graph.graph.nodes), default=0)
+    threads = 1 if largest < _ELEMENTS_FOR_THREADS else torch.get_num_threads()
+    with torch.no_grad(), config.patch({"cpp.threads": threads}):
+        compiled = inductor.compile(graph, tensors)
+
+    def run(*inputs: Tensor) -> Any:
+        with torch.no_grad():
+            return compiled(*inputs)
+
+    return run
+
+
+def _largest(node: Any) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0

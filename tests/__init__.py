@@ -1,0 +1,1 @@
+"""The tests mirror hbmeta/; shared pieces are imported as `from tests.cases import ...`."""
