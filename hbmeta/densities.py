@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hbmeta.errors import UnsupportedModelError
 
-__all__ = ["Delta", "Density", "Empirical", "Gaussian"]
+__all__ = ["Delta", "Density", "Empirical", "Gaussian", "equal_draws"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Empirical:
     def weights(self) -> Tensor:
         """(draws, tasks), each task's summing to one."""
         if self.log_weights is None:
-            return torch.full(self.phi.shape[:2], 1.0 / self.phi.shape[0], dtype=self.phi.dtype)
+            return self.phi.new_full(self.phi.shape[:2], 1.0 / self.phi.shape[0])
         return torch.softmax(self.log_weights, 0)
 
     @property
@@ -155,3 +155,16 @@ class Empirical:
 
 
 Density = Delta | Gaussian | Empirical
+
+
+def equal_draws(log_weights: Tensor, n: int, seed: int) -> Tensor:
+    """(n, tasks) positions of n draws with equal weights, taken with replacement by their weights.
+
+    Args:
+        log_weights: (draws, tasks), normalised or not.
+        n: how many to take for each task; tasks are independent of each other.
+        seed: of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.softmax(log_weights.detach().double().cpu(), 0).T
+    return torch.multinomial(probabilities, n, True, generator=generator).T.to(log_weights.device)

@@ -135,9 +135,9 @@ class Feed:
             return batch
         first = torch.zeros(short, dtype=torch.int64, device=batch.x.device)
         cells = torch.cat([torch.arange(width, device=batch.x.device), first])
-        mask = torch.cat([batch.mask, batch.mask.new_zeros(batch.n_tasks, short)], 1)
+        weight = torch.cat([batch.weight, batch.weight.new_zeros(batch.n_tasks, short)], 1)
         y = None if batch.y is None else batch.y[:, cells]
-        return Batch(batch.x[:, cells], y, mask, None, batch.n_tasks)
+        return Batch(batch.x[:, cells], y, weight, None, batch.n_tasks)
 
 
 def _take(batch: Batch, given: Tensor | None, chosen: Tensor) -> tuple[Batch, Tensor | None]:
@@ -149,10 +149,10 @@ def _take(batch: Batch, given: Tensor | None, chosen: Tensor) -> tuple[Batch, Te
     n = chosen.shape[0]
     if batch.task is None:
         y = None if batch.y is None else batch.y[chosen]
-        taken = Batch(batch.x[chosen], y, batch.mask[chosen], None, n)
+        taken = Batch(batch.x[chosen], y, batch.weight[chosen], None, n)
         return taken, None if given is None else given[chosen]
     position = torch.full((batch.n_tasks,), -1, dtype=torch.int64, device=batch.x.device)
     position[chosen] = torch.arange(n, device=batch.x.device)
     task = position[batch.task]
-    mask = batch.mask & (task >= 0)
-    return Batch(batch.x, batch.y, mask, task.clamp_min(0), n), given
+    weight = batch.weight * (task >= 0)
+    return Batch(batch.x, batch.y, weight, task.clamp_min(0), n), given

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import hbmeta
+from hbmeta import __version__
 from hbmeta.densities import Delta, Empirical, Gaussian
-from hbmeta.errors import DataError, FileError, UnsupportedModelError
+from hbmeta.errors import DataError, FileError, HbmetaError, UnsupportedModelError
 from hbmeta.files import write_tensors
 from hbmeta.models import HierarchicalModel
 from hbmeta.posterior import TaskPosterior, Units
@@ -162,11 +163,16 @@ class Fitted:
 
         return predict_frame(self, frame, support, interval, seed)
 
-    def to_inference_data(self) -> arviz.InferenceData:
-        """ArviZ: global sites and the local sites of the tasks fitted on, with log-likelihood and data."""
+    def to_inference_data(self, *, draws: int = 1000, seed: int = 0) -> arviz.InferenceData:
+        """ArviZ: global sites and the local sites of the tasks fitted on, with log-likelihood and data.
+
+        Args:
+            draws: draws of a Gaussian posterior; chains come whole.
+            seed: of these draws.
+        """
         from hbmeta.inference_data import fitted_to_inference_data
 
-        return fitted_to_inference_data(self)
+        return fitted_to_inference_data(self, draws=draws, seed=seed)
 
     def save(self, path: Any) -> None:
         """Writes one safetensors file with a JSON header, atomically; `hbmeta.load` reads it.
@@ -194,12 +200,13 @@ class Fitted:
         model = self.model.state() if isinstance(self.model, HierarchicalModel) else None
         header = {
             "kind": "fitted",
-            "hbmeta": hbmeta.__version__,
+            "hbmeta": __version__,
             "strategy": self.strategy.name,
             "settings": self.strategy.settings(),
             "model": model,
             "program": self.problem.name,
             "layout": self.problem.layout,
+            "sites": _sites_of(self.problem),
             "drawn": self.drawn,
             "density": kind,
             "ids": list(self.tasks.ids),
@@ -229,6 +236,31 @@ class Fitted:
             )
 
 
+def _sites_of(problem: Problem) -> dict[str, list[Any]]:
+    """Names, families and shapes of what a fit holds numbers for, as JSON gives them back."""
+    return {
+        "parameters": [[name, list(value.shape)] for name, value in problem.parameters()],
+        "globals": [[s.name, s.family, list(s.shape)] for s in problem.sites.globals],
+        "locals": [[s.name, s.family, list(s.shape)] for s in problem.sites.locals],
+    }
+
+
+@contextlib.contextmanager
+def _reading(path: Any) -> Iterator[None]:
+    """What a file lacks, or holds in another shape, as an error about the file."""
+    try:
+        yield
+    except HbmetaError:
+        raise
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise FileError(
+            str(path),
+            needed="a complete file of a fit",
+            found=f"{type(error).__name__}: {error}",
+            do="Save the fit again with this version.",
+        ) from error
+
+
 def fitted_from_file(
     path: Any, tensors: Mapping[str, Tensor], header: Mapping[str, Any], strategy: Strategy, model: Program
 ) -> Fitted:
@@ -237,7 +269,7 @@ def fitted_from_file(
     def group(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    try:
+    with _reading(path):
         schema = None if header["schema"] is None else Schema.from_json(header["schema"])
         tasks = Tasks.from_flat(
             tensors["tasks/x"],
@@ -248,6 +280,14 @@ def fitted_from_file(
             features=header["features"],
         )
         problem = Problem(model, tasks, layout=header["layout"])
+    if header["sites"] != _sites_of(problem):
+        raise UnsupportedModelError(
+            str(path),
+            needed=f"a program with the sites and parameters {header['sites']}, as saved",
+            found=f"{_sites_of(problem)} in {problem.name}",
+            do="Pass the program of the fit as model=.",
+        )
+    with _reading(path):
         theta = group("theta/")
         own = strategy.parameters(problem, tasks, header["seed"])
         if own is not None:
@@ -256,21 +296,6 @@ def fitted_from_file(
         density = None if header["density"] is None else kinds[header["density"]](**group("density/"))
         seconds = Seconds(*header["seconds"])
         info = {**header["info"], **group("info/")}
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise FileError(
-            str(path),
-            needed="a complete file of a fit",
-            found=f"{type(error).__name__}: {error}",
-            do="Save the fit again with this version.",
-        ) from error
-    expected = set(problem.theta(problem.batch(tasks)))
-    if set(theta) != expected:
-        raise UnsupportedModelError(
-            str(path),
-            needed=f"a program with level-1 quantities {sorted(theta)}, as saved",
-            found=f"{sorted(expected)} in {problem.name}",
-            do="Pass the program of the fit as model=.",
-        )
     return Fitted(
         strategy, model, problem, theta, header["drawn"], own, tasks, density, tuple(header["history"]),
         info, schema, header["seed"], seconds, header["chains"],

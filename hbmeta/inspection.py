@@ -57,9 +57,11 @@ def program_name(program: Program) -> str:
 class _Inspect(Messenger):
     """Records every site of one run, latents drawn at their prior's location."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__()
         self.messages: list[dict[str, Any]] = []
+        own = program.parameters() if isinstance(program, nn.Module) else ()
+        self.own = {id(parameter) for parameter in own}
 
     def _pyro_sample(self, message: Any) -> None:
         if (
@@ -75,13 +77,19 @@ class _Inspect(Messenger):
             self.messages.append(dict(message))
 
     def _pyro_param(self, message: Any) -> None:
-        if not isinstance(message["args"][0] if message["args"] else None, nn.Parameter):
+        # A PyroModule announces its own parameters: a plain one as the initial value, a PyroParam
+        # with its constraint, and with no initial value because it put it into the store before.
+        initial = message["args"][1:]
+        if not self.own or (initial and id(initial[0]) not in self.own):
             raise ProgramError(
                 f"pyro.param {message['name']!r}",
                 needed="level-1 parameters as nn.Parameter of a PyroModule or as pyro.sample outside `task`",
                 found="a pyro.param statement",
                 do="Give it a prior with pyro.sample, or make the program a PyroModule that owns it.",
             )
+        if initial:
+            # Past Pyro's store, which would make a frozen parameter require a gradient.
+            message["value"], message["done"] = initial[0], True
 
 
 def inspect_program(program: Program, batch: Batch) -> Sites:
@@ -97,7 +105,7 @@ def inspect_program(program: Program, batch: Batch) -> Sites:
         DataError: y lies outside the support of the response; names the site and a value.
     """
     name = program_name(program)
-    record = _Inspect()
+    record = _Inspect(program)
     with torch.random.fork_rng(devices=[]), isolated(batch.x.dtype, validate=True):
         torch.manual_seed(0)
         with record:
@@ -106,14 +114,25 @@ def inspect_program(program: Program, batch: Batch) -> Sites:
             except (ProgramError, DataError):
                 raise
             except Exception as error:
+                # A site that broke the convention before is the likelier cause.
+                _Reader(name, batch).check(record.messages)
+                y = None if batch.y is None else tuple(batch.y.shape)
                 raise ProgramError(
                     name,
-                    needed=f"a program that runs on x {tuple(batch.x.shape)}, y {tuple(batch.y.shape) if batch.y is not None else None}"
+                    needed=f"a program that runs on x {tuple(batch.x.shape)}, y {y}"
                     f" in the {batch.layout} layout",
                     found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                    do="Call it on these shapes by hand to see where it fails.",
+                    do=_remedy(str(error)),
                 ) from error
         return _Reader(name, batch).read(record.messages)
+
+
+def _remedy(error: str) -> str:
+    if "inside plate" in error:
+        return "Add .to_event(1) to vectors, and check the size and dim of the plate."
+    if "dtype" in error:
+        return "Make the program's constants in the dtype of x, or convert: tasks.to(dtype=...)."
+    return "Call it on these shapes by hand to see where it fails."
 
 
 class _Reader:
@@ -173,6 +192,14 @@ class _Reader:
             response,
         )
 
+    def check(self, messages: list[dict[str, Any]]) -> None:
+        """Raises at the first site that breaks the convention, of a run that may have failed."""
+        for message in messages:
+            self.check_plates(message)
+            if not (message["is_observed"] or is_deterministic(message)):
+                frames = [frame.name for frame in message["cond_indep_stack"]]
+                self.latent(message, "task" in frames, frames)
+
     def error(self, message: Mapping[str, Any], needed: str, found: str, do: str) -> ProgramError:
         return ProgramError(
             f"{self.name}, site {message['name']!r}", needed=needed, found=found, do=do
@@ -181,6 +208,13 @@ class _Reader:
     def check_plates(self, message: Mapping[str, Any]) -> None:
         cells = {"task": self.batch.n_tasks, "point": self.batch.x.shape[1 if self.nested else 0]}
         names = [frame.name for frame in message["cond_indep_stack"]]
+        if not self.nested and "task" in names and "point" in names:
+            raise self.error(
+                message,
+                "plates `task` and `point` side by side in the flat layout",
+                "`point` nested inside `task`",
+                "Leave the `task` plate before `point` and index φ by `task`.",
+            )
         for frame in message["cond_indep_stack"]:
             known = self.frames.setdefault(frame.name, frame)
             if names.count(frame.name) > 1 or (known.size, known.dim) != (frame.size, frame.dim):
@@ -205,13 +239,6 @@ class _Reader:
                     f"dim {frame.dim}",
                     f"Write pyro.plate({frame.name!r}, ..., dim={expected}).",
                 )
-        if not self.nested and "task" in names and "point" in names:
-            raise self.error(
-                message,
-                "plates `task` and `point` side by side in the flat layout",
-                "`point` nested inside `task`",
-                "Leave the `task` plate before `point` and index φ by `task`.",
-            )
 
     def latent(self, message: Mapping[str, Any], local: bool, frames: list[str]) -> Site:
         fn = message["fn"]
@@ -220,7 +247,8 @@ class _Reader:
                 message,
                 "latent sites outside plate 'point'",
                 "a latent inside plate 'point'",
-                "Make it a task parameter, or integrate it out in the likelihood.",
+                "Pass obs=y if it is the response; otherwise make it a task parameter, or integrate"
+                " it out in the likelihood.",
             )
         if fn.support.is_discrete:
             raise self.error(

@@ -10,10 +10,15 @@ from hbmeta.files import read_tensors
 from hbmeta.fitted import Fitted, fitted_from_file
 from hbmeta.inference import Strategy
 from hbmeta.inspection import program_name
-from hbmeta.models import model_from_state
+from hbmeta.models import READY_MADE, HierarchicalModel, model_from_state
 from hbmeta.program import Program
 
-__all__ = ["load", "strategy_from_settings", "strategies"]
+__all__ = ["load", "strategies", "strategy_from_settings"]
+
+_HEADER = (
+    *("strategy", "settings", "model", "program", "layout", "drawn", "density", "ids", "features"),
+    *("sites", "history", "info", "schema", "seed", "seconds", "chains"),
+)
 
 
 def strategies() -> dict[str, type[Strategy]]:
@@ -38,15 +43,16 @@ def strategy_from_settings(name: str, settings: dict[str, Any], where: str = "st
             do="Check the spelling, or import the module that defines it before loading.",
         )
     try:
-        return known[name](**settings)
+        strategy: Strategy = known[name](**settings)
+        return strategy
     except TypeError as error:
         raise FileError(
             where, needed=f"settings of {name}", found=str(error), do="Fit again with this version."
         ) from error
 
 
-def _subclasses(base: type[Strategy]) -> list[type[Strategy]]:
-    out = []
+def _subclasses(base: type[Any]) -> list[type[Any]]:
+    out: list[type[Any]] = []
     for child in base.__subclasses__():
         out += [child, *_subclasses(child)]
     return out
@@ -61,7 +67,7 @@ def load(path: Any, *, model: Program | None = None) -> Fitted:
     Raises:
         FileError: missing, corrupt, truncated, of another kind or of a newer version.
         UnsupportedModelError: the fit was of a person's own program and `model` is not given, or it
-            is another program.
+            is another program; or no strategy has the name in the file.
     """
     tensors, header = read_tensors(path)
     if header.get("kind") != "fitted":
@@ -71,23 +77,33 @@ def load(path: Any, *, model: Program | None = None) -> Fitted:
             found=f"an hbmeta file of kind {header.get('kind')!r}",
             do="Pass a checkpoint as checkpoint= to fit instead.",
         )
+    missing = [key for key in _HEADER if key not in header]
+    if missing:
+        raise FileError(
+            str(path),
+            needed="a complete file of a fit",
+            found=f"no {missing[0]!r}",
+            do="Save the fit again with this version.",
+        )
     strategy = strategy_from_settings(header["strategy"], header["settings"], str(path))
-    if header["model"] is not None:
-        program: Program = model_from_state(header["model"])
-    elif model is not None:
-        program = model
-    else:
+    return fitted_from_file(path, tensors, header, strategy, _program(path, header, model))
+
+
+def _program(path: Any, header: dict[str, Any], model: Program | None) -> Program:
+    """The program of the fit: a ready-made model from the file, any other one as given."""
+    state = header["model"]
+    name = header["program"] if model is None else program_name(model)
+    ready_made = state is not None and state["class"] in READY_MADE
+    if name != header["program"] or (model is None and not ready_made):
         raise UnsupportedModelError(
             str(path),
             needed=f"the program {header['program']!r} that was fitted",
-            found="no model=",
+            found="no model=" if model is None else f"model={name}",
             do="Call hbmeta.load(path, model=program) with the same function or module.",
         )
-    if header["model"] is None and program_name(program) != header["program"]:
-        raise UnsupportedModelError(
-            str(path),
-            needed=f"the program {header['program']!r} that was fitted",
-            found=repr(program_name(program)),
-            do="Pass the same function or module as model=.",
-        )
-    return fitted_from_file(path, tensors, header, strategy, program)
+    if ready_made:
+        return model_from_state(state)
+    assert model is not None
+    if isinstance(model, HierarchicalModel) and state is not None and state["bound"] is not None:
+        return model.restore(state["bound"])
+    return model

@@ -8,7 +8,9 @@ For x = T(u) with T the bijection of the support, the mode of p(u) = p(T(u)) |T'
     Beta, Dirichlet, Uniform                          the image of the mean
     HalfNormal, HalfCauchy, Weibull                   the scale: x e^(-x²/2s²) and x / (1 + x²/s²) peak at s
     LKJCholesky                                       the identity
-    a bijective transform of one of these             its base's location, pushed through
+    a bijective transform of one of these             its base's location, pushed through; the mode
+                                                      where the map is affine in unconstrained
+                                                      space (exp, sigmoid or tanh of a real base)
 
 The location is differentiable in the parameters of the distribution, so a task prior's θ learns
 through the start of gradient descent. Families without an entry raise: a start that is silently
@@ -40,7 +42,6 @@ _AT_LOC = (
     torch.distributions.StudentT,
     torch.distributions.Gumbel,
     dist.Logistic,
-    dist.SkewLogistic,
     dist.AsymmetricLaplace,
     dist.SoftLaplace,
 )
@@ -76,7 +77,8 @@ def location(distribution: Distribution, where: str) -> Tensor:
         return base.mean
     if isinstance(base, torch.distributions.LKJCholesky):
         shape = base.batch_shape + base.event_shape
-        return torch.eye(base.dim, dtype=base.concentration.dtype).expand(shape)
+        like = base.concentration
+        return torch.eye(base.dim, dtype=like.dtype, device=like.device).expand(shape)
     if isinstance(base, torch.distributions.TransformedDistribution):
         if all(transform.bijective for transform in base.transforms):
             value = location(base.base_dist, where)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbmeta.errors import ConvergenceError, DataError, ProgramError
+from hbmeta.errors import ConvergenceError, ProgramError
 from hbmeta.likelihoods import (
     Components,
     component_cdf,
@@ -42,7 +42,8 @@ _HELD = 32_000_000
 _DRAWS = 4_000
 """Draws of y per row, at least, where no closed form is known."""
 
-_Parts = Callable[[], Iterable[tuple[int, int, Any]]]
+_Parts = Callable[[], Iterable[tuple[Tensor, Any]]]
+"""Weights (draws, n or 1) and their components, again at every call."""
 
 
 class Mixture:
@@ -51,15 +52,15 @@ class Mixture:
     Args:
         components: one likelihood per draw and row.
         tasks: which row belongs to which task.
-        log_weights: (draws, tasks), normalised here within each task; None weighs all alike.
+        log_weights: (draws, tasks), normalised within each task; None weighs all alike.
     Raises:
-        ConvergenceError: weights, parameters or densities that are not finite; names the task.
+        ConvergenceError: parameters or densities that are not finite; names the task.
     """
 
     def __init__(self, components: Components, tasks: Tasks, log_weights: Tensor | None) -> None:
         self.components, self.tasks = components, tasks
         self.n_draws, self.n_rows = int(components.n_draws), tasks.n_points
-        self._log_weights = None if log_weights is None else self._checked_weights(log_weights)
+        self._log_weights = log_weights
 
     # Pieces
 
@@ -140,26 +141,6 @@ class Mixture:
             )
         return family
 
-    def _checked_weights(self, log_weights: Tensor) -> Tensor:
-        shape = (self.n_draws, self.tasks.n_tasks)
-        if tuple(log_weights.shape) != shape:
-            raise DataError(
-                "Predictive",
-                needed=f"log_weights of shape (draws, tasks) = {shape}",
-                found=f"shape {tuple(log_weights.shape)}",
-                do="Pass one column per task, or None.",
-            )
-        normalised = torch.log_softmax(log_weights.detach().double(), 0)
-        bad = normalised.isnan().any(0)  # after NaN, +inf, or a column of -inf
-        if bool(bad.any()):
-            raise ConvergenceError(
-                "Predictive",
-                needed="log weights below +inf, one of them finite at least",
-                found=f"others for task {self.tasks.ids[int(bad.nonzero()[0])]!r}",
-                do="Draw θ from a distribution that covers this task.",
-            )
-        return normalised
-
     def task_of(self, rows: Tensor) -> str:
         """The name, for a message, of the first task with a True among its rows (n,)."""
         return f"task {self.tasks.ids[int(self.tasks.task[rows.nonzero()[0, 0]])]!r}"
@@ -177,7 +158,7 @@ class Mixture:
                 return self._moments_of_draws()
             # Var = Σ w (v_s + (m_s − c)²) − (Σ w (m_s − c))² for any c. With c one of the m_s the
             # difference loses no digits, and one pass is enough.
-            centre = self.first.mean[0].double()
+            centre = self.first.mean[0].detach().double()
             for start, stop, family in self.chunks():
                 offset = family.mean.double() - centre
                 weights = self.log_weights(start, stop, offset).exp()
@@ -279,10 +260,15 @@ class Mixture:
         return has_moments(self.first) and bool(self.moments[1].isfinite().all())
 
     def _held(self) -> _Parts:
-        """The components, kept between steps where they fit."""
+        """Weights and components, kept between steps where they fit."""
+
+        def parts() -> Iterator[tuple[Tensor, Any]]:
+            for start, stop, family in self.chunks():
+                yield self.log_weights(start, stop).exp(), family
+
         if self.n_draws * largest_parameter(self.first) > _HELD:
-            return self.chunks
-        kept = list(self.chunks())
+            return parts
+        kept = list(parts())
         return lambda: kept
 
     def _bracket(self, level: float, parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,42 +277,45 @@ class Mixture:
             # The one-sided Chebyshev (Cantelli) inequality bounds every quantile.
             mean, sd = self.moments[0], self.moments[1].sqrt()
             below, above = math.sqrt((1.0 - level) / level), math.sqrt(level / (1.0 - level))
-            return mean, mean - below * sd, mean + above * sd
+            least = getattr(self.first.support, "lower_bound", -math.inf)
+            lower = (mean - below * sd).clamp(min=least)
+            return mean, lower, mean + above * sd
         # The quantile of a mixture lies between the least and the greatest of its components.
         start_at, lower, upper = (self.per_row(value) for value in (0.0, math.inf, -math.inf))
         at = lower.new_tensor(level)
-        for start, stop, family in parts():
+        for weights, family in parts():
             values = family.icdf(at).double()
-            start_at += _weighted(self.log_weights(start, stop).exp(), values)
+            start_at += _weighted(weights, values)
             lower = torch.minimum(lower, values.amin(0))
             upper = torch.maximum(upper, values.amax(0))
         return start_at.clamp(lower, upper), lower, upper
 
     def _solve(self, level: float, parts: _Parts) -> Tensor:
-        """(n,) root of F(x) = level: Newton's method inside a bracket, to 1e-8 of its ends."""
+        """(n,) root of F(x) = level, to 1e-12 of x or of the bracket: Newton's method."""
         x, lower, upper = self._bracket(level, parts)
-        tolerance = 1e-8 * torch.maximum(lower.abs(), upper.abs())
-        done = upper - lower <= tolerance
-        for step in range(200):
+        # Where the root is near 0, a step that corrects F by 1e-10 of the tail is small enough.
+        slight, least = 1e-10 * min(level, 1.0 - level), 1e-12 * (upper - lower)
+        done, before = upper <= lower, self.per_row(math.inf)
+        for _ in range(200):
             if bool(done.all()):
                 return x
             excess, density = self.per_row(-level), self.per_row(0.0)
-            for start, stop, family in parts():
-                weights = self.log_weights(start, stop).exp()
+            for weights, family in parts():
                 excess += (weights * component_cdf(family, x)).sum(0)
                 density += (weights * component_log_prob(family, x).exp()).sum(0)
             lower = torch.where(excess <= 0.0, x, lower)
             upper = torch.where(excess >= 0.0, x, upper)
             newton = x - excess / density
             inside = (newton >= lower) & (newton <= upper)
-            close = inside & ((newton - x).abs() <= tolerance)
-            # Newton's steps can crawl or leave the bracket; every third step halves it.
-            follow = close | (inside & (step % 3 != 2))
+            close = inside & (((newton - x).abs() <= 1e-12 * x.abs()) | (excess.abs() <= slight))
+            # Newton's steps can crawl or leave the bracket; then the bracket is halved.
+            follow = close | (inside & (excess.abs() <= 0.5 * before))
+            before = excess.abs()
             x = torch.where(done, x, torch.where(follow, newton, 0.5 * (lower + upper)))
-            done = done | close | (upper - lower <= tolerance)
+            done = done | close | (upper - lower <= 1e-12 * x.abs() + least)
         raise ConvergenceError(
             "Predictive.quantile",
-            needed=f"the quantile at {level} to 1e-8",
+            needed=f"the quantile at {level}",
             found=f"no convergence for {self.task_of(~done)}",
             do="Look for draws with extreme parameters.",
         )
@@ -344,8 +333,7 @@ class Mixture:
         size = largest_parameter(self.first)
         width = max(1, _HELD // (repeats * self.n_draws * math.prod(self.event)))
         for begin in range(0, self.n_rows, width):
-            rows = slice(begin, begin + width)
-            values, log_weights = [], []
+            rows, values, log_weights = slice(begin, begin + width), [], []
             with seeded(seed, self.tasks.device), evaluating():
                 for start, stop, family in self.chunks():
                     at_once = max(1, _CELLS // ((stop - start) * size))

@@ -6,13 +6,14 @@ unconstrained space, and the support that it saw. What it gives out is constrain
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hbmeta.densities import Delta, Density, Empirical, Gaussian
+from hbmeta.densities import Delta, Density, Empirical, Gaussian, equal_draws
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.predictive import Predictive
 from hbmeta.problem import Problem
@@ -133,19 +134,47 @@ class TaskPosterior:
         out = {s.name: found[s.name].expand(*shape, *s.shape) for s in sites}
         return out, particles.log_weights
 
+    def log_likelihood(self, draws: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+        """log p(y_r | φ_s, θ_s) (draws, rows) at the draws of `values`, and the weights of these.
+
+        Rows of the support in the order of `support.flat_x`, y in the units of the model.
+
+        Raises:
+            DataError: the support has no y.
+        """
+        if self.support.flat_y is None:
+            raise DataError(
+                "TaskPosterior.log_likelihood",
+                needed="a support with y",
+                found="tasks with inputs only",
+                do="Adapt to tasks that have y.",
+            )
+        particles = self.particles(draws, seed)
+        if not self.support.n_points:
+            return particles.phi.new_zeros(particles.phi.shape[0], 0), particles.log_weights
+        batch = self.problem.batch(self.support)
+        found = self.problem.particle_cells(particles.theta, particles.drawn, particles.phi, batch)
+        return _rows(self.problem, batch, found), particles.log_weights
+
     def sample(self, n: int, seed: int = 0) -> dict[str, Tensor]:
         """n draws of every local site, constrained, (n, tasks, *shape), with equal weights.
 
         Stored draws are taken with replacement where there are fewer of them or they are weighted.
         """
-        values, weights = self.values(n, seed)
-        first = next(iter(values.values()))
-        if first.shape[0] == n and weights is None:
+        if n < 1:
+            raise DataError(
+                "TaskPosterior.sample", needed="n of 1 or more", found=str(n), do="Pass n=1000."
+            )
+        density, wanted = self.density, n
+        if isinstance(density, Empirical) and density.log_weights is not None:
+            # All weighted draws take part: of n thinned ones few may carry any weight.
+            wanted = density.phi.shape[0]
+        values, weights = self.values(wanted, seed)
+        stored = next(iter(values.values())).shape[0]
+        if stored == n and weights is None:
             return values
         tasks = len(self.ids)
-        generator = torch.Generator().manual_seed(seed + 1)
-        probabilities = torch.ones(tasks, first.shape[0]) if weights is None else weights.softmax(0).T
-        index = torch.multinomial(probabilities.double().cpu(), n, True, generator=generator).T
+        index = equal_draws(torch.zeros(stored, tasks) if weights is None else weights, n, seed + 1)
         out = {}
         for name, value in values.items():
             full = index.reshape(n, tasks, *(1,) * (value.ndim - 2)).to(value.device)
@@ -181,6 +210,8 @@ class TaskPosterior:
                 found=f"no {missing[0]!r}",
                 do="Pass the dict that sample() returns.",
             )
+        if not isinstance(self.density, Gaussian):
+            return self.density.log_prob(next(iter(phi.values())))  # which refuses
         batch = self.problem.batch(self.support)
         with torch.no_grad():
             at_location = self.problem.run(self.theta, {}, batch, with_y=False)
@@ -202,7 +233,25 @@ class TaskPosterior:
         """(tasks,) KL(self ‖ other) in nats, in closed form between Gaussians.
 
         The map to the supports is the same for both, so the divergence is that of the sites too.
+
+        Raises:
+            DataError: the two are of other tasks.
+            UnsupportedModelError: they are not Gaussian, or of other sites.
         """
+        if self.ids != other.ids:
+            raise DataError(
+                "TaskPosterior.kl",
+                needed=f"the same {len(self.ids)} tasks in the same order",
+                found=f"{len(other.ids)} tasks, or others",
+                do="Bring them into one order with posterior.select(ids).",
+            )
+        if self.problem.sites.locals != other.problem.sites.locals:
+            raise UnsupportedModelError(
+                "TaskPosterior.kl",
+                needed=f"the same local sites {[s.name for s in self.problem.sites.locals]}",
+                found=f"{[s.name for s in other.problem.sites.locals]}, or other shapes or families",
+                do="Compare posteriors of one program.",
+            )
         a, b = self.density, other.density
         if not (isinstance(a, Gaussian) and isinstance(b, Gaussian)):
             raise UnsupportedModelError(
@@ -324,8 +373,9 @@ class _LinearGaussian:
         projected = torch.linalg.solve_triangular(factor, b.mT @ r.unsqueeze(-1), upper=False)
         quadratic = r.square().sum(-1) - projected.squeeze(-1).square().sum(-1)
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 2 * noise.log().sum(-1)
-        count = mask.sum(-1)
-        return -0.5 * (quadratic + log_det + count * torch.log(torch.tensor(2 * torch.pi)))
+        constant = math.log(2 * math.pi) * mask.sum(-1).to(quadratic.dtype)
+        out: Tensor = -0.5 * (quadratic + log_det + constant)
+        return out
 
 
 def _linear_gaussian(

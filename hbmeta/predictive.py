@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal, OneHotCategorical
 
-from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.likelihoods import Components, is_discrete
 from hbmeta.mixtures import Mixture
 from hbmeta.scores import crps_draws, crps_normal
@@ -76,6 +76,8 @@ class Predictive:
             )
         self.tasks, self.seed, self.padded = tasks, seed, padded
         self.location, self.scale = float(location), float(scale)
+        if log_weights is not None:
+            log_weights = _normalised(log_weights, components.n_draws, tasks)
         self._joint, self._mixture = joint, Mixture(components, tasks, log_weights)
 
     @property
@@ -331,3 +333,25 @@ def _ends(p: float) -> list[float]:
             do="Pass 0.9, not 90.",
         )
     return [0.5 - 0.5 * p, 0.5 + 0.5 * p]
+
+
+def _normalised(log_weights: Tensor, n_draws: int, tasks: Tasks) -> Tensor:
+    """Log weights (draws, tasks) that sum to 1 within each task, checked."""
+    shape = (n_draws, tasks.n_tasks)
+    if tuple(log_weights.shape) != shape:
+        raise DataError(
+            "Predictive",
+            needed=f"log_weights of shape (draws, tasks) = {shape}",
+            found=f"shape {tuple(log_weights.shape)}",
+            do="Pass one column per task, or None.",
+        )
+    normalised = torch.log_softmax(log_weights.detach().double(), 0)
+    bad = normalised.isnan().any(0)  # comes of NaN, +inf, or a column of -inf
+    if bool(bad.any()):
+        raise ConvergenceError(
+            "Predictive",
+            needed="log weights below +inf, at least one of them finite",
+            found=f"others for task {tasks.ids[int(bad.nonzero()[0, 0])]!r}",
+            do="Draw θ from a distribution that covers this task.",
+        )
+    return normalised

@@ -1,7 +1,7 @@
 """The functional view of a program on data: what every inference strategy is written against.
 
 θ is a dict of tensors: module parameters by qualified name and global sites, unconstrained, by name.
-φ is a dict of unconstrained tensors (tasks, *shape), or the vector (tasks, phi_size) of all of them.
+φ is the vector (tasks, phi_size) of all local sites, unconstrained, or a dict of them (tasks, *shape).
 Densities are those of unconstrained space, Jacobian kept. No method changes anything.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.nn.module import PyroModule, to_pyro_module_
 from torch import Tensor, nn
 
 from hbmeta.errors import ProgramError, UnsupportedModelError
@@ -32,7 +33,7 @@ class Problem:
 
     Args:
         program: a `HierarchicalModel` or any Pyro program of the convention.
-        tasks: data to read the sites from; nothing of it is kept.
+        tasks: data to read the sites from; one row of it is kept, to stand in where no task has any.
         layout: "nested" or "flat"; by default the cheaper one that the program offers.
     Raises:
         ProgramError, DataError: the program breaks the convention, or y is outside its support.
@@ -52,6 +53,10 @@ class Problem:
         self.dtype, self.device = tasks.dtype, tasks.device
         if isinstance(program, nn.Module):
             self.program = copy.deepcopy(program).to(dtype=self.dtype, device=self.device)
+        if isinstance(self.program, PyroModule):
+            # Pyro registers each plain submodule at every access, and warns of tensors in the place
+            # of its parameters; of a PyroModule it reads them one by one.
+            to_pyro_module_(self.program)
         self.name = program_name(program)
         example = tasks
         if example.n_points == 0 or example.flat_y is None:
@@ -62,6 +67,7 @@ class Problem:
                 do="Fit on tasks with data; empty supports are for adapt.",
             )
         self.sites: Sites = inspect_program(self.program, Batch.of(example, self.layout))
+        self._row = (example.flat_x[:1].clone(), example.flat_y[:1].clone())
         self._check_names()
 
     @staticmethod
@@ -89,8 +95,25 @@ class Problem:
         return [(n, p) for n, p in self.program.named_parameters() if p.requires_grad]
 
     def batch(self, tasks: Tasks) -> Batch:
-        """The tasks as this problem's layout wants them."""
-        return Batch.of(tasks, self.layout)
+        """The tasks as this problem's layout wants them.
+
+        Pyro refuses plates of size 0, so where no task has a row, one row of the data that the
+        program was read from stands in, masked out.
+        """
+        if tasks.n_points:
+            return Batch.of(tasks, self.layout)
+        x, y = self._row
+        y_row = None if tasks.flat_y is None else y
+        nothing = torch.zeros(1, dtype=self.dtype, device=self.device)
+        if self.layout == "flat":
+            first = torch.zeros(1, dtype=torch.int64, device=self.device)
+            return Batch(x, y_row, nothing, first, tasks.n_tasks)
+
+        def each(row: Tensor) -> Tensor:
+            return row.unsqueeze(0).expand(tasks.n_tasks, *row.shape)
+
+        y_cells = None if y_row is None else each(y_row)
+        return Batch(each(x), y_cells, each(nothing), None, tasks.n_tasks)
 
     def run(
         self, theta: Mapping[str, Tensor], phi: Mapping[str, Tensor], batch: Batch, *, with_y: bool
@@ -111,29 +134,38 @@ class Problem:
 
     def location(self, theta: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """(tasks, phi_size): the location of the task prior, differentiable in θ."""
+        return self.sites.to_vector(self.location_by_site(theta, batch))
+
+    def location_by_site(self, theta: Mapping[str, Tensor], batch: Batch) -> Phi:
+        """The location of the task prior by site, (tasks, *shape), differentiable in θ."""
         found = self.run(theta, {}, batch, with_y=False).unconstrained
         full = {}
         for site in self.sites.locals:
             shape = (batch.n_tasks, *site.unconstrained_shape)
             full[site.name] = found[site.name].expand(shape).to(self.dtype)
-        return self.sites.to_vector(full)
+        return full
+
+    def _sites_of(self, phi: Tensor | Phi) -> Phi:
+        return self.sites.from_vector(phi) if isinstance(phi, Tensor) else phi
 
     def terms(
-        self, theta: Mapping[str, Tensor], phi: Tensor, batch: Batch
+        self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """log p(y | φ, θ) (tasks,), log p(φ | θ) (tasks,), log p(θ) () at φ (tasks, phi_size)."""
-        out = self.run(theta, self.sites.from_vector(phi), batch, with_y=True)
+        out = self.run(theta, self._sites_of(phi), batch, with_y=True)
         return self._likelihood(out, batch), self._local(out, batch), self._global(out)
 
-    def log_likelihood(self, theta: Mapping[str, Tensor], phi: Tensor, batch: Batch) -> Tensor:
+    def log_likelihood(
+        self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch
+    ) -> Tensor:
         """(tasks,) log p(y | φ, θ) over the masked-in rows of each task."""
-        return self._likelihood(
-            self.run(theta, self.sites.from_vector(phi), batch, with_y=True), batch
-        )
+        return self._likelihood(self.run(theta, self._sites_of(phi), batch, with_y=True), batch)
 
-    def log_task_prior(self, theta: Mapping[str, Tensor], phi: Tensor, batch: Batch) -> Tensor:
+    def log_task_prior(
+        self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch
+    ) -> Tensor:
         """(tasks,) log p(φ | θ), in unconstrained space."""
-        return self._local(self.run(theta, self.sites.from_vector(phi), batch, with_y=False), batch)
+        return self._local(self.run(theta, self._sites_of(phi), batch, with_y=False), batch)
 
     def log_prior(self, theta: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """() log p(θ) over the global sites, in unconstrained space."""
@@ -145,13 +177,15 @@ class Problem:
         """(tasks,) log p(Q | S, φ, θ); rows are independent given φ, so S does not enter."""
         return self.log_likelihood(theta, phi, query)
 
-    def values(self, theta: Mapping[str, Tensor], phi: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def values(
+        self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch
+    ) -> dict[str, Tensor]:
         """Constrained values of all latent and deterministic sites."""
-        return self.run(theta, self.sites.from_vector(phi), batch, with_y=False).values
+        return self.run(theta, self._sites_of(phi), batch, with_y=False).values
 
-    def response(self, theta: Mapping[str, Tensor], phi: Tensor, batch: Batch) -> Any:
+    def response(self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch) -> Any:
         """The distribution of the response at each cell given θ and φ."""
-        return self.run(theta, self.sites.from_vector(phi), batch, with_y=False).response
+        return self.run(theta, self._sites_of(phi), batch, with_y=False).response
 
     def _likelihood(self, out: Evaluation, batch: Batch) -> Tensor:
         cells = out.log_likelihood
@@ -175,13 +209,28 @@ class Problem:
         self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch
     ) -> dict[str, Tensor]:
         """`values` for particles: phi (draws, tasks, phi_size); θ too has a first axis if drawn."""
-        return self._over(lambda t, p: self.values(t, p, batch), theta, drawn, phi)
+        found: dict[str, Tensor] = self._over(
+            lambda t, p: self.values(t, p, batch), theta, drawn, phi
+        )
+        return found
 
     def particle_log_likelihood(
         self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch
     ) -> Tensor:
         """(draws, tasks) log p(y | φ, θ)."""
-        return self._over(lambda t, p: self.log_likelihood(t, p, batch), theta, drawn, phi)
+        found: Tensor = self._over(lambda t, p: self.log_likelihood(t, p, batch), theta, drawn, phi)
+        return found
+
+    def particle_cells(self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch) -> Tensor:
+        """(draws, *cells) log p(y | φ, θ) of every cell; those of masked cells mean nothing."""
+
+        def cells(t: Theta, p: Tensor) -> Tensor:
+            found = self.run(t, self.sites.from_vector(p), batch, with_y=True).log_likelihood
+            assert found is not None
+            return found
+
+        found: Tensor = self._over(cells, theta, drawn, phi)
+        return found
 
     def particle_response(self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch) -> Any:
         """The distribution of the response, batch shape (draws, *cells)."""

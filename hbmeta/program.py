@@ -54,14 +54,16 @@ class Batch:
     Attributes:
         x: (tasks, points, features) nested, (rows, features) flat.
         y: (tasks, points, ...) nested, (rows, ...) flat; None where only inputs are known.
-        mask: True where a cell is a real row; (tasks, points) nested, (rows,) flat.
+        weight: 1 where a cell counts and 0 where it does not (padding, rows of the query); (tasks,
+            points) nested, (rows,) flat, in the dtype of x: a compiled graph reads it twice as fast
+            as a bool.
         task: (rows,) the group index of the flat layout; None marks the nested one.
         n_tasks: number of tasks, those without rows counted.
     """
 
     x: Tensor
     y: Tensor | None
-    mask: Tensor
+    weight: Tensor
     task: Tensor | None
     n_tasks: int
 
@@ -69,9 +71,10 @@ class Batch:
     def of(tasks: Tasks, layout: Layout) -> Batch:
         """The batch of all rows of `tasks` in the given layout."""
         if layout == "nested":
-            return Batch(tasks.x, tasks.y, tasks.mask, None, tasks.n_tasks)
-        rows = torch.ones(tasks.n_points, dtype=torch.bool, device=tasks.device)
-        return Batch(tasks.flat_x, tasks.flat_y, rows, tasks.task, tasks.n_tasks)
+            x, weight = _by_column(tasks.x), tasks.mask.to(tasks.dtype)
+            return Batch(x, tasks.y, weight, None, tasks.n_tasks)
+        weight = torch.ones(tasks.n_points, dtype=tasks.dtype, device=tasks.device)
+        return Batch(_by_column(tasks.flat_x), tasks.flat_y, weight, tasks.task, tasks.n_tasks)
 
     @property
     def layout(self) -> Layout:
@@ -80,7 +83,12 @@ class Batch:
     @property
     def counts(self) -> Tensor:
         """(tasks,) number of real rows per task, in the dtype of x."""
-        return self.per_task(self.mask.to(self.x.dtype))
+        return self.per_task(self.weight)
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a cell counts."""
+        return self.weight > 0
 
     def per_task(self, rows: Tensor) -> Tensor:
         """Sums (tasks, points) or (rows,) values over the rows of each task, whatever the mask."""
@@ -90,7 +98,7 @@ class Batch:
 
     def where(self, mask: Tensor) -> Batch:
         """The same cells with another mask: how a support or a query is cut from a task."""
-        return Batch(self.x, self.y, mask, self.task, self.n_tasks)
+        return Batch(self.x, self.y, mask.to(self.x.dtype), self.task, self.n_tasks)
 
     def run(self, program: Program, *, with_y: bool) -> None:
         """Calls the program on this batch, in its own layout."""
@@ -101,8 +109,19 @@ class Batch:
             program(self.x, y, task=self.task, n_tasks=self.n_tasks)
 
 
+def _by_column(x: Tensor) -> Tensor:
+    """The same values with each column contiguous in memory.
+
+    A program reads x column by column; with rows in memory a compiled graph gathers with a stride
+    (radon, nested: 50 against 32 microseconds for a gradient). Wide x is for matrix products.
+    """
+    if not 2 <= x.shape[-1] <= 16:
+        return x
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
 def _flatten(batch: Batch) -> tuple[list[Any], int]:
-    return [batch.x, batch.y, batch.mask, batch.task], batch.n_tasks
+    return [batch.x, batch.y, batch.weight, batch.task], batch.n_tasks
 
 
 torch.utils._pytree.register_pytree_node(Batch, _flatten, lambda leaves, n: Batch(*leaves, n))
@@ -281,9 +300,7 @@ class _Run(Messenger):
         fn = message["fn"]
         if name == self.name_of_response:
             # Only the distribution is wanted here; any value of the right shape will do.
-            message["value"] = torch.zeros(
-                fn.batch_shape + fn.event_shape, dtype=self.batch.x.dtype
-            )
+            message["value"] = self.batch.x.new_zeros(fn.batch_shape + fn.event_shape)
             message["done"] = True
             return
         local = any(frame.name == "task" for frame in message["cond_indep_stack"])
@@ -377,7 +394,11 @@ def evaluate(
     parameters = {}
     runnable = program
     if isinstance(program, nn.Module):
-        parameters = {name: theta[name] for name, _ in program.named_parameters() if name in theta}
+        # Frozen ones too: Pyro would register them, which makes them require a gradient again.
+        parameters = {
+            name: theta[name] if name in theta else parameter.detach()
+            for name, parameter in program.named_parameters()
+        }
         if parameters:
             runnable = _Functional(program, parameters)
     run = _Run(theta, phi, batch, response)

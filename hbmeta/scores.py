@@ -198,7 +198,8 @@ def gaussian_kl(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> Ten
     log_ratio = (
         factor1.diagonal(dim1=-2, dim2=-1).log() - factor0.diagonal(dim1=-2, dim2=-1).log()
     ).sum(-1)
-    return 0.5 * (trace + distance.sum((-2, -1)) - size) + log_ratio
+    divergence: Tensor = 0.5 * (trace + distance.sum((-2, -1)) - size) + log_ratio
+    return divergence
 
 
 def wasserstein2_gaussian(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> Tensor:
@@ -221,10 +222,12 @@ def wasserstein2_gaussian(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tens
     cross = torch.linalg.eigvalsh(root @ cov1 @ root).clamp(min=0.0).sqrt().sum(-1)
     traces = (cov0.diagonal(dim1=-2, dim2=-1) + cov1.diagonal(dim1=-2, dim2=-1)).sum(-1)
     squared = (mean0.double() - mean1.double()).square().sum(-1) + traces - 2.0 * cross
-    return squared.clamp(min=0.0).sqrt()
+    distance: Tensor = squared.clamp(min=0.0).sqrt()
+    return distance
 
 
 def _cholesky(covariance: Tensor, name: str, *, where: str) -> Tensor:
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(covariance.double())
     if bool((info != 0).any()):
         smallest = torch.linalg.eigvalsh(covariance.double().nan_to_num()).min()

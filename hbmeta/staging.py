@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from hbmeta.errors import HbmetaError
+from hbmeta.simplification import simplify
 
 Tier = Literal["eager", "graph", "compiled"]
 TIERS: tuple[Tier, ...] = ("eager", "graph", "compiled")
@@ -135,7 +136,7 @@ class Staged:
             plan.eager_calls += 1
             plan.eager_seconds += time.perf_counter() - start
             return result
-        flat = plan.run(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        flat = plan.run(*_tensors(leaves))
         result = pytree.tree_unflatten(flat, plan.structure)
         if self.check_every and self.calls % self.check_every == 0:
             self._check(args, flat, plan)
@@ -178,9 +179,8 @@ class Staged:
             self.wanted = "graph"
         self.seconds_staging += time.perf_counter() - start
         if self.check_every:
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             assert plan.run is not None
-            self._check(args, plan.run(*tensors), plan)
+            self._check(args, plan.run(*_tensors(leaves)), plan)
 
     def _target(self, plan: _Plan) -> Tier:
         if self.wanted != "auto":
@@ -229,8 +229,21 @@ class _Plan:
 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.stride(), leaf.device)
+        return (tuple(leaf.shape), leaf.dtype, leaf.device, _dense(leaf).stride())
     return leaf
+
+
+def _tensors(leaves: list[Any]) -> list[Tensor]:
+    return [_dense(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor without gaps in memory: a clone of it keeps its strides, so a graph fits it."""
+    from torch._prims_common import is_non_overlapping_and_dense_or_false
+
+    if tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor):
+        return tensor
+    return tensor.contiguous()
 
 
 def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
@@ -249,8 +262,8 @@ def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
         return values
 
     # The same tensor given twice would be merged into one input: support and query often share
-    # memory. Clones keep strides, so the key still holds.
-    tensors = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    # memory.
+    tensors = [tensor.detach().clone() for tensor in _tensors(leaves)]
     try:
         graph = make_fx(flat, tracing_mode="real")(*tensors)
     except HbmetaError:
@@ -272,17 +285,7 @@ def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
                 found=f"a draw inside the graph ({node.target})",
                 do="Draw the noise outside and pass it in.",
             )
-    graph.graph.eliminate_dead_code()
-    _merge_repeats(graph)
-    graph.recompile()
-    return graph, out["structure"]
-
-
-def _merge_repeats(graph: GraphModule) -> None:
-    """Common subexpressions once: handlers ask for the same expansion again and again."""
-    from torch._functorch.compile_utils import fx_graph_cse
-
-    graph.graph = fx_graph_cse(graph.graph)
+    return simplify(graph), out["structure"]
 
 
 def compile_graph(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
@@ -290,7 +293,7 @@ def compile_graph(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
     import torch._inductor as inductor
     from torch._inductor import config
 
-    tensors = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [tensor.detach().clone() for tensor in _tensors(leaves)]
     largest = max((_largest(node) for node in graph.graph.nodes), default=0)
     threads = 1 if largest < _ELEMENTS_FOR_THREADS else torch.get_num_threads()
     with torch.no_grad(), config.patch({"cpp.threads": threads}):

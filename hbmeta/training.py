@@ -8,6 +8,7 @@ and stays where it is: its prior alone would pull it to a mode that means nothin
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import warnings
@@ -28,6 +29,7 @@ from hbmeta.files import read_tensors, write_tensors
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.staging import Staged, Tier
+from hbmeta.tasks import Tasks
 
 if TYPE_CHECKING:
     from hbmeta.inference.strategy import Strategy
@@ -141,6 +143,9 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
 
     free = {f"theta/{k}": torch.zeros_like(v) if k in scales else v.clone() for k, v in start.items()}
     free |= {f"own/{k}": v for k, v in own_start.items()}
+    if not free:
+        # A program with θ given and a strategy that learns nothing of its own.
+        return Learned(theta=start, own=own, info={"untouched": []})
     shapes = strategy.noise(problem, feed.step(0)[0].n_tasks)
     noise_generator = torch.Generator().manual_seed(options.seed + 1)
 
@@ -169,7 +174,8 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     for value in free.values():
         value.grad = torch.zeros_like(value)
     history: list[float] = []
-    first = _resume(options, strategy, free, optimizer, history, noise_generator)
+    identity = _identity(options, strategy, problem, tasks)
+    first = _resume(options, identity, free, optimizer, history, noise_generator)
     bar = tqdm(
         total=options.steps, initial=first, desc=strategy.name, disable=not show_progress(options.progress)
     )
@@ -191,7 +197,7 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
             bar.update(number + 1 - bar.n)
             bar.set_postfix(loss=f"{losses[max(number - 49, 0) : number + 1].mean():.4f}", refresh=False)
         if options.checkpoint is not None and (number + 1) % _CHECKPOINT_EVERY == 0:
-            _save(options, strategy, free, optimizer, losses[: number + 1], noise_generator)
+            _save(options, identity, free, optimizer, losses[: number + 1], noise_generator)
     bar.close()
     theta, _ = unpack(free)
     if own is not None:
@@ -250,40 +256,54 @@ def _check(strategy: Strategy, losses: Tensor, number: int) -> None:
         )
 
 
-def _fingerprint(options: Options, strategy: Strategy) -> dict[str, Any]:
+def _identity(
+    options: Options, strategy: Strategy, problem: Problem, tasks: Tasks
+) -> dict[str, Any]:
+    """What tells one fit from another: strategy, program, data and the settings of the training."""
+    digest = hashlib.sha256(repr((tasks.ids, tasks.features)).encode())
+    for values in (tasks.flat_x, tasks.flat_y, tasks.task):
+        if values is not None:
+            digest.update(values.detach().cpu().contiguous().numpy().tobytes())
     return {
         "kind": "checkpoint",
         "strategy": strategy.name,
         "settings": strategy.settings(),
+        "program": problem.name,
         "steps": options.steps,
-        "seed": options.seed,
         "tasks_per_step": options.tasks_per_step,
+        "learning_rate": options.learning_rate,
+        "theta_learning_rate": options.theta_learning_rate,
+        "decay": options.decay,
+        "seed": options.seed,
+        "data": digest.hexdigest(),
     }
 
 
-def _save(options: Options, strategy: Strategy, free: Any, optimizer: Any, losses: Tensor, generator: Any) -> None:
+def _save(
+    options: Options, identity: dict[str, Any], free: Any, optimizer: Any, losses: Tensor, generator: Any
+) -> None:
     tensors = {f"free/{k}": v for k, v in free.items()}
-    for name, value in zip(free, _ordered(free, optimizer), strict=True):
+    for name, value in free.items():
         for key in ("exp_avg", "exp_avg_sq", "step"):
             tensors[f"adam/{key}/{name}"] = torch.as_tensor(optimizer.state[value][key])
     tensors["losses"] = losses
     tensors["generator"] = generator.get_state()
-    write_tensors(options.checkpoint, tensors, _fingerprint(options, strategy))
-
-
-def _ordered(free: Mapping[str, Tensor], optimizer: Any) -> list[Tensor]:
-    return list(free.values())
+    write_tensors(options.checkpoint, tensors, identity)
 
 
 def _resume(
-    options: Options, strategy: Strategy, free: dict[str, Tensor], optimizer: Any, history: list[float], generator: Any
+    options: Options,
+    identity: dict[str, Any],
+    free: dict[str, Tensor],
+    optimizer: Any,
+    history: list[float],
+    generator: Any,
 ) -> int:
     """Continues from the checkpoint, where there is one; the number of steps already done."""
     if options.checkpoint is None or not Path(options.checkpoint).exists():
         return 0
     tensors, header = read_tensors(options.checkpoint)
-    wanted = _fingerprint(options, strategy)
-    different = [k for k in wanted if header.get(k) != wanted[k]]
+    different = [key for key in identity if header.get(key) != identity[key]]
     names = {k.removeprefix("free/") for k in tensors if k.startswith("free/")}
     if different or names != set(free):
         raise FileError(

@@ -48,10 +48,18 @@ class SetEncoder(nn.Module):
         self.register_buffer("scale", scale)
         width = location.shape[0]
         self.rows = nn.Sequential(
-            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+            nn.Linear(width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
         )
         self.head = nn.Sequential(
-            nn.Linear(hidden + 1, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
+            nn.Linear(hidden + 1, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, outputs),
         )
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
@@ -61,14 +69,16 @@ class SetEncoder(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(tasks, outputs) for a batch in either layout."""
         y = batch.y if batch.y is not None else batch.x[..., :0]
-        y = y.unsqueeze(-1) if y.ndim == batch.mask.ndim else y
+        y = y.unsqueeze(-1) if y.ndim == batch.weight.ndim else y
         rows = (torch.cat([batch.x, y.to(batch.x.dtype)], -1) - self.location) / self.scale
-        encoded = self.rows(rows) * batch.mask.unsqueeze(-1)
+        encoded = self.rows(rows) * batch.weight.unsqueeze(-1)
         counts = batch.counts
         if batch.task is None:
             total = encoded.sum(-2)
         else:
-            total = encoded.new_zeros(batch.n_tasks, encoded.shape[-1]).index_add(0, batch.task, encoded)
+            total = encoded.new_zeros(batch.n_tasks, encoded.shape[-1]).index_add(
+                0, batch.task, encoded
+            )
         mean = total / counts.clamp_min(1.0).unsqueeze(-1)
         out = self.head(torch.cat([mean, counts.log1p().unsqueeze(-1)], -1))
         return out * (counts > 0).unsqueeze(-1)
@@ -178,7 +188,9 @@ class AmortizedGuide(Strategy):
         part = self._bound(problem, held, own, support, noise["subset"])
         return -(whole + part)
 
-    def _bound(self, problem: Problem, theta: Theta, own: Any, rows: Batch, noise: Tensor) -> Tensor:
+    def _bound(
+        self, problem: Problem, theta: Theta, own: Any, rows: Batch, noise: Tensor
+    ) -> Tensor:
         density = self.posterior(problem, theta, own, rows)
         phi = density.draw(noise)
 
@@ -206,7 +218,9 @@ def _diagonal_scale(log_prior: Any, start: Tensor) -> Tensor:
 def _full_scale(log_prior: Any, start: Tensor) -> Tensor:
     """P with P Pᵀ the inverse curvature of the task prior; the identity where that is not positive."""
     _, _, hessian = gradient_and_hessian(log_prior, start, create_graph=True)
-    identity = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device).expand(hessian.shape)
+    identity = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device).expand(
+        hessian.shape
+    )
     factor, failed = torch.linalg.cholesky_ex(-hessian)
     safe = torch.where((failed == 0)[..., None, None], factor, identity)
     # −H = F Fᵀ, so F⁻ᵀ is a square root of the covariance. It is upper-triangular; a lower one keeps

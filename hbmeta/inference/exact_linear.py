@@ -75,13 +75,17 @@ class ExactLinear(Strategy):
         start = problem.theta(batch)
         self._require_quadratic(problem, start, batch, tasks)
         if not start:
-            return Learned(start, info={"log_evidence": float(self._evidence(problem, start, batch).detach().sum())})
+            return Learned(
+                start,
+                info={"log_evidence": float(self._evidence(problem, start, batch).detach().sum())},
+            )
         scales = prior_scales(problem, start, batch)
         names, sizes = list(start), [v.numel() for v in start.values()]
 
         def unpack(vector: Tensor) -> Theta:
             return {
-                n: start[n] + scales.get(n, torch.ones_like(start[n])) * part.reshape(start[n].shape)
+                n: start[n]
+                + scales.get(n, torch.ones_like(start[n])) * part.reshape(start[n].shape)
                 for n, part in zip(names, vector.split(sizes), strict=True)
             }
 
@@ -133,7 +137,9 @@ class ExactLinear(Strategy):
         )
         return found.log_evidence
 
-    def _require_quadratic(self, problem: Problem, theta: Theta, batch: Batch, tasks: Tasks) -> None:
+    def _require_quadratic(
+        self, problem: Problem, theta: Theta, batch: Batch, tasks: Tasks
+    ) -> None:
         """The Hessian at two far points must be the same, and negative definite."""
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -147,7 +153,9 @@ class ExactLinear(Strategy):
         scale = here.abs().amax((-2, -1)).clamp_min(1e-12)
         difference = ((here - there).abs().amax((-2, -1)) / scale).max()
         if not float(difference) < (1e-6 if start.dtype == torch.float64 else 1e-3):
-            families = ", ".join(sorted({s.family for s in (*problem.sites.observed, *problem.sites.locals)}))
+            families = ", ".join(
+                sorted({s.family for s in (*problem.sites.observed, *problem.sites.locals)})
+            )
             raise UnsupportedModelError(
                 self.name,
                 needed="a log joint that is quadratic in φ (Normal throughout, means linear in φ)",
@@ -168,7 +176,14 @@ class ExactLinear(Strategy):
         """Positive level-1 sites that fell to zero against where they started."""
         out = []
         for site in problem.sites.globals:
-            if site.family in ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "LogNormal"):
+            if site.family in (
+                "HalfNormal",
+                "HalfCauchy",
+                "Exponential",
+                "Gamma",
+                "InverseGamma",
+                "LogNormal",
+            ):
                 fall = (theta[site.name] - start[site.name]).min()
                 if float(fall) < math.log(_AT_ZERO):
                     out.append(site.name)

@@ -11,28 +11,32 @@ loop over tasks is needed. With A_n = I − α∇²L(φ_n) the result φ_N depen
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 __all__ = ["descend"]
 
+Tree = TypeVar("Tree", Tensor, dict[str, Tensor])
 
-def descend(
-    loss: Callable[[Tensor], Tensor], start: Tensor, *, step_size: float, steps: int
-) -> Tensor:
+
+def descend(loss: Callable[[Tree], Tensor], start: Tree, *, step_size: float, steps: int) -> Tree:
     """φ_N of φ_{n+1} = φ_n − α ∇L(φ_n), per task.
 
     Args:
-        loss: φ (tasks, phi_size) to (tasks,), tasks independent of each other.
-        start: φ_0; the result is differentiable in it where it requires gradients.
+        loss: φ to (tasks,), tasks independent of each other.
+        start: φ_0, one tensor (tasks, ...) or one per site; the result is differentiable in it where
+            it requires gradients. One tensor per site spares a network the slices of one vector.
         step_size: α, in units of φ² per unit of loss.
         steps: N; 0 returns the start.
     """
-    phi = start if start.requires_grad else start.detach().requires_grad_()
+    leaves, structure = pytree.tree_flatten(start)
+    leaves = [v if v.requires_grad else v.detach().requires_grad_() for v in leaves]
     with torch.enable_grad():
         for _ in range(steps):
-            total = loss(phi).sum()
-            (gradient,) = torch.autograd.grad(total, phi, create_graph=True)
-            phi = phi - step_size * gradient
-    return phi
+            total = loss(pytree.tree_unflatten(leaves, structure)).sum()
+            gradients = torch.autograd.grad(total, leaves, create_graph=True)
+            leaves = [v - step_size * g for v, g in zip(leaves, gradients, strict=True)]
+    return pytree.tree_unflatten(leaves, structure)

@@ -17,7 +17,7 @@ from hbmeta.errors import DataError
 from hbmeta.inference.gradient_descent import descend
 from hbmeta.inference.strategy import Strategy
 from hbmeta.problem import Problem
-from hbmeta.program import Batch, Theta
+from hbmeta.program import Batch, Phi, Theta
 
 __all__ = ["MAML"]
 
@@ -57,15 +57,19 @@ class MAML(Strategy):
             )
         if self.reduction not in ("mean", "sum"):
             raise DataError(
-                "MAML", needed="reduction 'mean' or 'sum'", found=repr(self.reduction), do="Choose one."
+                "MAML",
+                needed="reduction 'mean' or 'sum'",
+                found=repr(self.reduction),
+                do="Choose one.",
             )
 
     def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Delta:
         """δ(φ_N) per task; the location of the task prior for a task without support."""
         points = support.counts.clamp_min(1.0) if self.reduction == "mean" else 1.0
 
-        def loss(phi: Tensor) -> Tensor:
+        def loss(phi: Phi) -> Tensor:
             return -problem.log_likelihood(theta, phi, support) / points
 
-        start = problem.location(theta, support)
-        return Delta(descend(loss, start, step_size=self.step_size, steps=self.steps))
+        start = problem.location_by_site(theta, support)
+        found = descend(loss, start, step_size=self.step_size, steps=self.steps)
+        return Delta(problem.sites.to_vector(found))

@@ -66,7 +66,10 @@ class NUTS(Strategy):
     processes: int | None = None
 
     def __post_init__(self) -> None:
-        if min(self.draws, self.chains, self.warmup, self.max_tree_depth) < 1 or not 0 < self.target_accept < 1:
+        if (
+            min(self.draws, self.chains, self.warmup, self.max_tree_depth) < 1
+            or not 0 < self.target_accept < 1
+        ):
             raise DataError(
                 "NUTS",
                 needed="draws, chains, warmup and max_tree_depth of 1 or more, target_accept in (0, 1)",
@@ -129,7 +132,9 @@ class NUTS(Strategy):
     def _learned(
         self, problem: Problem, tasks: Tasks, theta: Theta, found: Chains, seconds_staging: float
     ) -> Learned:
-        flat = found.draws.reshape(-1, found.draws.shape[-1]).to(dtype=problem.dtype, device=problem.device)
+        flat = found.draws.reshape(-1, found.draws.shape[-1]).to(
+            dtype=problem.dtype, device=problem.device
+        )
         drawn, phi = _unpack(problem, flat, tasks.n_tasks)
         info = self._diagnostics(found)
         return Learned(
@@ -158,7 +163,9 @@ class NUTS(Strategy):
                 warnings.simplefilter("ignore")
                 bulk = arviz.ess(draws, method="bulk")["x"].values
                 tail = arviz.ess(draws, method="tail")["x"].values
-                rhat = arviz.rhat(draws)["x"].values if self.chains > 1 else np.full_like(bulk, np.nan)
+                rhat = (
+                    arviz.rhat(draws)["x"].values if self.chains > 1 else np.full_like(bulk, np.nan)
+                )
             info |= {
                 "r_hat": torch.from_numpy(rhat.copy()),
                 "ess_bulk": torch.from_numpy(bulk.copy()),
@@ -178,7 +185,9 @@ class NUTS(Strategy):
         batch = problem.batch(support)
         if not fitted.drawn:
             density, info = conditional(problem, fitted.theta, batch, seed=seed)
-            return TaskPosterior(problem, fitted.theta, density, support, info=info, units=fitted.units)
+            return TaskPosterior(
+                problem, fitted.theta, density, support, info=info, units=fitted.units
+            )
         names = [site.name for site in problem.sites.globals]
         total = fitted.theta[names[0]].shape[0]
         kept = torch.linspace(0, total - 1, min(total, _MOST_DRAWS_OF_THETA)).round().long()
@@ -192,7 +201,9 @@ class NUTS(Strategy):
                 "about θ that the fit did not know. Fit it together with the others.",
                 stacklevel=3,
             )
-        return TaskPosterior(problem, theta, found, support, drawn=True, info=info, units=fitted.units)
+        return TaskPosterior(
+            problem, theta, found, support, drawn=True, info=info, units=fitted.units
+        )
 
 
 def trouble(info: dict[str, Any]) -> list[str]:
@@ -204,9 +215,13 @@ def trouble(info: dict[str, Any]) -> list[str]:
             "program non-centered."
         )
     if info["deep_trees"]:
-        out.append(f"{info['deep_trees']} trajectories hit max_tree_depth. Raise it, or rescale the columns.")
+        out.append(
+            f"{info['deep_trees']} trajectories hit max_tree_depth. Raise it, or rescale the columns."
+        )
     if "r_hat" in info and bool((info["r_hat"] > 1.01).any()):
-        out.append(f"split R̂ up to {float(info['r_hat'].max()):.3f} (above 1.01). Raise warmup and draws.")
+        out.append(
+            f"split R̂ up to {float(info['r_hat'].max()):.3f} (above 1.01). Raise warmup and draws."
+        )
     if "ess_bulk" in info:
         least = float(torch.minimum(info["ess_bulk"], info["ess_tail"]).min())
         if least < 400:
@@ -225,7 +240,9 @@ def _unpack(problem: Problem, vector: Tensor, n_tasks: int) -> tuple[Theta, Tens
     return problem.sites.theta_from_vector(vector[..., :size]), phi
 
 
-def log_density(problem: Problem, theta: Theta, vector: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def log_density(
+    problem: Problem, theta: Theta, vector: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor]:
     """log p(θ, φ, y) in unconstrained space and its gradient, at one vector of all latents."""
     vector = vector.detach().requires_grad_()
     drawn, phi = _unpack(problem, vector, batch.n_tasks)
@@ -247,7 +264,7 @@ def staged_log_density(
         centre = _pack(problem, theta, problem.location(theta, batch))
     staged = Staged(function, tier=tier, expected_calls=expected_calls, check_every=2**62)
     run = staged.flat(centre, batch)
-    data = [t for t in (batch.x, batch.y, batch.mask, batch.task) if t is not None]
+    data = [t for t in (batch.x, batch.y, batch.weight, batch.task) if t is not None]
     if centre.dtype == torch.float64 and centre.device.type == "cpu":
 
         def potential(vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,9 @@ class CompletePooling(Strategy):
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """θ and the common φ by L-BFGS."""
-        tasks: Tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
+        tasks: Tasks = training_tasks(data, options.seed).to(
+            device=problem.device, dtype=problem.dtype
+        )
         batch = problem.batch(tasks)
 
         def spread(theta: Theta, free: Tensor, start: Tensor) -> Tensor:

@@ -61,7 +61,10 @@ class Strategy(abc.ABC):
         unknown = [name for name in overrides if name not in known]
         if unknown:
             raise DataError(
-                self.name, needed=f"settings among {known}", found=repr(unknown[0]), do="Correct the name."
+                self.name,
+                needed=f"settings among {known}",
+                found=repr(unknown[0]),
+                do="Correct the name.",
             )
         return dataclasses.replace(self, **overrides) if overrides else self
 
@@ -161,7 +164,9 @@ class Strategy(abc.ABC):
                 do="Pass the model first and the tasks second.",
             )
         if steps < 1:
-            raise DataError(f"{self.name}.fit", needed="steps of 1 or more", found=str(steps), do="Raise steps.")
+            raise DataError(
+                f"{self.name}.fit", needed="steps of 1 or more", found=str(steps), do="Raise steps."
+            )
         known = training_tasks(tasks, seed)
         if device is not None:
             known = known.to(device=torch.device(device))

@@ -146,6 +146,10 @@ class HierarchicalModel(PyroModule):
         """
         return self
 
+    def coordinates(self) -> dict[str, list[str]]:
+        """Names of the entries of vector sites, by site; labels in tables and plots."""
+        return {}
+
     def settings(self) -> dict[str, JSON]:
         """The arguments of the constructor, as JSON can hold them."""
         return {}

@@ -193,6 +193,15 @@ class LinearRegression(HierarchicalModel):
         model.bound_features = available
         return model
 
+    def coordinates(self) -> dict[str, list[str]]:
+        """The columns that the coefficients belong to, once they are known."""
+        names = self.bound_features if self.features is None else self.features
+        return (
+            {}
+            if names is None
+            else {site: list(names) for site in ("mean", "scale", "coefficients")}
+        )
+
     def settings(self) -> dict[str, JSON]:
         """The arguments of the constructor."""
         return {

@@ -261,6 +261,11 @@ class VaryingEffects(HierarchicalModel):
             model.register_buffer(name, tensor, persistent=False)
         return model
 
+    def coordinates(self) -> dict[str, list[str]]:
+        """The columns that the coefficients belong to."""
+        named = {name: list(self.varying) for name in ("mean", "scale", "z", "coefficients")}
+        return {**named, "fixed": list(self.fixed)}
+
     def settings(self) -> dict[str, JSON]:
         """The arguments of the constructor."""
         return {

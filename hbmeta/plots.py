@@ -1,0 +1,416 @@
+"""Figures of posteriors, comparisons and fits; records in, figure out, nothing is fitted.
+
+Each function returns a `matplotlib.figure.Figure`, made without pyplot and its global state. To
+save one: `with hbmeta.files.atomic("forest.png") as path: figure.savefig(path)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from hbmeta.errors import DataError
+from hbmeta.fitted import Fitted
+from hbmeta.posterior import TaskPosterior
+from hbmeta.records import Comparison
+from hbmeta.scores import weighted_quantile
+
+__all__ = ["forest", "loss", "scores", "shrinkage"]
+
+# Okabe and Ito's colours, which people with any common colour blindness tell apart. Names that
+# begin like these keep their colour and marker in every figure; others take the spare ones.
+_STYLES = {
+    "nuts": ("#000000", "o"),
+    "amortized": ("#0072B2", "s"),
+    "maml": ("#D55E00", "D"),
+    "exact": ("#009E73", "^"),
+    "nopooling": ("#999999", "v"),
+    "completepooling": ("#CC79A7", "X"),
+}
+_SPARE = (("#E69F00", "P"), ("#56B4E9", "<"), ("#B79F00", ">"), ("#7A4FA3", "p"), ("#8C564B", "h"))
+
+_SETTINGS: Any = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "figure.dpi": 200,
+    "axes.unicode_minus": True,
+}
+_GREY = "#BBBBBB"
+_ROWS_PER_COLUMN = 45
+
+Parameters = ParamSpec("Parameters")
+Floats = npt.NDArray[np.float64]
+
+
+def _styled(function: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
+    """Draw with the settings above, and leave the caller's as they were."""
+
+    @functools.wraps(function)
+    def draw(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
+        with mpl.rc_context(_SETTINGS):
+            figure = function(*args, **kwargs)
+            figure.draw_without_rendering()  # ticks take their settings when they are first drawn
+            return figure
+
+    return draw
+
+
+@_styled
+def forest(
+    posteriors: Mapping[str, TaskPosterior],
+    site: str | None = None,
+    coordinate: int = 0,
+    ids: Iterable[Any] | None = None,
+    interval: float = 0.9,
+    *,
+    reference: str | None = None,
+    label: str | None = None,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Figure:
+    """Posterior mean and central interval of one coordinate, per task, approximations side by side.
+
+    Tasks stand in the order of the reference's mean. Lists of more than 45 go into columns.
+
+    Args:
+        posteriors: posteriors of the same tasks, by name.
+        site: local site; by default the first that all have in common, computed ones first.
+        coordinate: index into the flattened site.
+        ids: tasks to show; all by default.
+        interval: probability of the interval; posteriors that are points have none.
+        reference: the posterior that sets the order; the first by default.
+        label: what the coordinate is called on the axis.
+        draws: draws behind each interval.
+        seed: of those draws.
+    Raises:
+        DataError: no posterior, an unknown site, coordinate, reference or task.
+    """
+    if not posteriors:
+        raise DataError("forest", needed="a posterior or more", found="none", do="Pass a mapping.")
+    first = next(iter(posteriors)) if reference is None else reference
+    if first not in posteriors:
+        raise DataError(
+            "forest",
+            needed=f"reference as one of {', '.join(map(repr, posteriors))}",
+            found=repr(first),
+            do="Correct the name.",
+        )
+    chosen = tuple(posteriors[first].ids if ids is None else ids)
+    site = _site(posteriors.values(), site, "forest")
+    summaries = {
+        name: _summary(posterior.select(chosen), site, coordinate, interval, draws, seed)
+        for name, posterior in posteriors.items()
+    }
+    order = np.argsort(summaries[first][0], kind="stable")
+    n_columns = math.ceil(len(chosen) / _ROWS_PER_COLUMN)
+    per_column = math.ceil(len(chosen) / n_columns)
+    row_height = max(0.16, 0.045 * (len(posteriors) + 1))
+    figure = Figure(
+        figsize=(3.6 * n_columns + 0.4, row_height * per_column + 1.0), layout="constrained"
+    )
+    axes = figure.subplots(1, n_columns, sharex=True, squeeze=False)[0]
+    styles = _styles(posteriors)
+    for column, axis in enumerate(axes):
+        # The last task of the order stands at the top of the first column.
+        rows = order[::-1][column * per_column : (column + 1) * per_column]
+        place = np.arange(len(rows))[::-1].astype(float)
+        for y in place[::2]:  # bands tie the marks of a task to its label
+            axis.axhspan(y - 0.5, y + 0.5, color="#F3F3F3", lw=0, zorder=0)
+        for number, (name, (mean, low, high)) in enumerate(summaries.items()):
+            colour, marker = styles[name]
+            # Spread over 0.7 of a row, the first approximation on top.
+            shift = 0.7 * (0.5 - (number + 0.5) / len(summaries))
+            y = place + shift
+            if (high > low).any():
+                axis.hlines(y, low[rows], high[rows], color=colour, lw=0.8, alpha=0.9)
+            axis.plot(mean[rows], y, marker, color=colour, ms=2.6, mew=0.0, label=name)
+        axis.set_yticks(place, [str(chosen[row]) for row in rows])
+        axis.tick_params(axis="y", length=0)
+        axis.set_ylim(-0.7 - (per_column - len(rows)), len(rows) - 0.3)
+        axis.set_xlabel(label or _name(site, coordinate, posteriors[first]))
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="outside upper center",
+        ncols=min(len(names), 3 * n_columns),
+        title=f"mean and central {100 * interval:g} % interval",
+        markerscale=1.6,
+    )
+    return figure
+
+
+@_styled
+def shrinkage(
+    no_pooling: TaskPosterior,
+    complete_pooling: TaskPosterior | None,
+    pooled: TaskPosterior,
+    site: str | None = None,
+    coordinate: int = 0,
+    interval: float = 0.9,
+    *,
+    label: str | None = None,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Figure:
+    """How far pooling moves the estimate of each task, against its number of support points.
+
+    A thin line leads from each task's own estimate to the partially pooled one. Tasks of the same
+    size are set side by side. Tasks without support are left out.
+
+    Args:
+        no_pooling: each task alone (`NoPooling`).
+        complete_pooling: one φ for all (`CompletePooling`), drawn as a line; None leaves it out.
+        pooled: the hierarchical posterior, of the same tasks.
+        site: local site; by default the first that all have in common, computed ones first.
+        coordinate: index into the flattened site.
+        interval: probability of the central intervals of `pooled`.
+        label: what the coordinate is called on the axis.
+        draws: draws behind each interval.
+        seed: of those draws.
+    Raises:
+        DataError: posteriors of different tasks, an unknown site or coordinate, no support.
+    """
+    every = [no_pooling, pooled, *([] if complete_pooling is None else [complete_pooling])]
+    if any(set(p.ids) != set(pooled.ids) for p in every):
+        raise DataError(
+            "shrinkage",
+            needed="posteriors of the same tasks",
+            found=" and ".join(f"{len(p.ids)} tasks" for p in every),
+            do="Use posterior.select(ids).",
+        )
+    site = _site(every, site, "shrinkage")
+    counts = pooled.support.counts.cpu().numpy()
+    used = np.flatnonzero(counts > 0)
+    if not len(used):
+        raise DataError(
+            "shrinkage", needed="a task with support", found="none", do="Adapt to data first."
+        )
+    mean, low, high = _summary(pooled, site, coordinate, interval, draws, seed)
+    alone = _summary(no_pooling.select(pooled.ids), site, coordinate, interval, draws, seed)[0]
+    x = _side_by_side(counts[used], mean[used])
+    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.vlines(x, mean[used], alone[used], color=_GREY, lw=0.5, zorder=1)
+    grey, _ = _STYLES["nopooling"]
+    axis.plot(
+        x, alone[used], "o", mfc="white", mec=grey, mew=0.7, ms=3.2, label="no pooling", zorder=2
+    )
+    blue, _ = _STYLES["amortized"]
+    axis.vlines(x, low[used], high[used], color=blue, lw=0.8, alpha=0.6, zorder=3)
+    text = (
+        f"partial pooling, {100 * interval:g} % interval"
+        if (high > low).any()
+        else "partial pooling"
+    )
+    axis.plot(x, mean[used], "o", color=blue, ms=2.8, mew=0, label=text, zorder=4)
+    if complete_pooling is not None:
+        same = _summary(complete_pooling, site, coordinate, interval, draws, seed)[0].mean()
+        colour, _ = _STYLES["completepooling"]
+        axis.axhline(same, color=colour, lw=1.0, ls=(0, (4, 2)), label="complete pooling", zorder=1)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("support points in the task")
+    axis.set_ylabel(label or _name(site, coordinate, pooled))
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+@_styled
+def scores(comparison: Comparison) -> Figure:
+    """NLL, its paired difference and the distance to the reference, by fit; bars are ± 1 s.e."""
+    rows = comparison.rows
+    panels = 2 + any(row.distance is not None for row in rows)
+    figure = Figure(figsize=(2.5 * panels + 0.6, 0.24 * len(rows) + 1.1), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True)
+    styles = _styles([row.name for row in rows])
+    place = np.arange(len(rows))[::-1]
+    for y, row in zip(place, rows, strict=True):
+        colour, marker = styles[row.name]
+        nll = row.scores["nll"]
+        _dot(axes[0], nll.value, y, nll.standard_error, colour, marker)
+        if nll.difference is not None and nll.difference_error is not None:
+            _dot(axes[1], nll.difference, y, nll.difference_error, colour, marker)
+        if row.distance is not None:
+            _dot(axes[2], row.distance.mean_difference, y, math.nan, colour, marker)
+        if row.distance_given_theta is not None and panels == 3:
+            d = row.distance_given_theta.mean_difference
+            axes[2].plot(d, y, marker, mfc="white", mec=colour, mew=0.8, ms=4, zorder=2)
+    axes[1].axvline(0.0, color=_GREY, lw=0.8, zorder=0)
+    axes[0].set_xlabel("NLL per held-out point (nats)")
+    axes[1].set_xlabel(f"NLL − NLL of {comparison.baseline}")
+    if panels == 3:
+        axes[2].set_xlabel(
+            f"mean |difference| to {comparison.reference} (sd)\nopen: given the fit's θ"
+        )
+        axes[2].set_xlim(left=min(0.0, -0.03 * axes[2].get_xlim()[1]))
+    axes[0].set_yticks(place, [row.name for row in rows])
+    axes[0].set_ylim(-0.6, len(rows) - 0.4)
+    for axis in axes:
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", color="#EEEEEE", lw=0.5)
+        axis.set_axisbelow(True)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    figure.suptitle(
+        f"{len(comparison.ids)} tasks, {sum(comparison.points)} held-out points; "
+        "bars: ± 1 standard error",
+        fontsize=8,
+    )
+    return figure
+
+
+@_styled
+def loss(fitted: Fitted, window: int | None = None) -> Figure:
+    """The training loss of each step and its running mean.
+
+    Args:
+        fitted: a fit by gradient descent.
+        window: steps in the running mean; a fiftieth of all by default.
+    Raises:
+        DataError: the strategy has no history, or the window is not within it.
+    """
+    history = np.asarray(fitted.history, dtype=float)
+    if not len(history):
+        raise DataError(
+            "loss",
+            needed="a fit with a training history",
+            found=f"{fitted.strategy.name}, which does not train step by step",
+            do="Plot a fit of MAML, AmortizedGuide or another trained strategy.",
+        )
+    width = max(1, len(history) // 50) if window is None else window
+    if not 1 <= width <= len(history):
+        raise DataError(
+            "loss", needed=f"window from 1 to {len(history)}", found=f"{window}", do="Lower it."
+        )
+    mean = np.convolve(history, np.full(width, 1.0 / width), mode="valid")
+    steps = np.arange(1, len(history) + 1)
+    figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+    axis = figure.subplots()
+    colour = _styles([fitted.strategy.name])[fitted.strategy.name][0]
+    axis.plot(steps, history, color=colour, lw=0.4, alpha=0.35, label="each step")
+    # The mean stands at the last step that it looks at.
+    axis.plot(steps[width - 1 :], mean, color=colour, lw=1.2, label=f"mean of {width} steps")
+    # The first steps can lie far above all others; the axis shows what they come down to.
+    settled = mean[len(mean) // 10 :]
+    noise = 3 * float(np.std(history[len(history) // 2 :]))
+    spread = max(float(np.ptp(settled)), noise, 1e-12)
+    low = min(float(settled.min()), float(np.quantile(history, 0.01)))
+    high = min(float(history.max()), float(settled.max()) + spread)
+    axis.set_ylim(low - 0.1 * spread, high + 0.1 * spread)
+    axis.set_xlabel("training step")
+    axis.set_ylabel("training loss per task (nats)")
+    axis.set_title(fitted.strategy.name, loc="left")
+    axis.legend(loc="upper right")
+    return figure
+
+
+def _dot(axis: Axes, x: float, y: float, error: float, colour: str, marker: str) -> None:
+    if math.isfinite(error):
+        axis.hlines(y, x - error, x + error, color=colour, lw=1.0)
+    axis.plot(x, y, marker, color=colour, ms=4, mew=0, zorder=3)
+
+
+def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker per name, the same in every figure for the names of _STYLES."""
+    out: dict[str, tuple[str, str]] = {}
+    spare = 0
+    for name in names:
+        plain = "".join(c for c in name.lower() if c.isalnum())
+        known = next((style for key, style in _STYLES.items() if plain.startswith(key)), None)
+        if known is None or known in out.values():
+            known = _SPARE[spare % len(_SPARE)]
+            spare += 1
+        out[name] = known
+    return out
+
+
+def _site(posteriors: Iterable[TaskPosterior], site: str | None, where: str) -> str:
+    """The named site, or the first that all programs have, computed ones first."""
+    every = [p.problem.sites for p in posteriors]
+    names = [s.name for s in (*every[0].deterministic_local, *every[0].locals)]
+    common = [
+        n for n in names
+        if all(n in {s.name for s in (*x.deterministic_local, *x.locals)} for x in every)
+    ]  # fmt: skip
+    if not common or (site is not None and site not in common):
+        raise DataError(
+            where,
+            needed="a local site that all posteriors have: "
+            + (", ".join(common) or "there is none"),
+            found="no name" if site is None else repr(site),
+            do="Correct site, or plot posteriors of one program.",
+        )
+    return common[0] if site is None else site
+
+
+def _summary(
+    posterior: TaskPosterior, site: str, coordinate: int, interval: float, draws: int, seed: int
+) -> tuple[Floats, Floats, Floats]:
+    """Mean, lower and upper end (tasks,) of one coordinate of a site."""
+    if not 0.0 < interval < 1.0:
+        raise DataError(
+            "interval", needed="a probability between 0 and 1", found=f"{interval}", do="Pass 0.9."
+        )
+    with torch.no_grad():
+        values, weights = posterior.values(draws, seed)
+    value = values[site].double().cpu()
+    value = value.reshape(*value.shape[:2], -1)
+    if not -value.shape[-1] <= coordinate < value.shape[-1]:
+        raise DataError(
+            site,
+            needed=f"a coordinate from 0 to {value.shape[-1] - 1}",
+            found=f"{coordinate}",
+            do="Correct coordinate.",
+        )
+    value = value[..., coordinate]
+    log_weights = None if weights is None else weights.cpu()
+    share = (
+        value.new_full((len(value), 1), 1 / len(value))
+        if log_weights is None
+        else log_weights.softmax(0)
+    )
+    low, high = weighted_quantile(value, [0.5 - interval / 2, 0.5 + interval / 2], log_weights)
+    return (share * value).sum(0).numpy(), low.numpy(), high.numpy()
+
+
+def _name(site: str, coordinate: int, posterior: TaskPosterior) -> str:
+    sites = (*posterior.problem.sites.locals, *posterior.problem.sites.deterministic_local)
+    size = next(math.prod(s.shape) for s in sites if s.name == site)
+    return site if size == 1 else f"{site}[{coordinate}]"
+
+
+def _side_by_side(counts: Floats, order: Floats) -> Floats:
+    """Places on a log axis that set tasks of the same size beside each other, sorted."""
+    x = counts.astype(float)
+    sizes = np.unique(x)
+    for size in sizes:
+        same = np.flatnonzero(x == size)
+        if len(same) > 1:
+            # At most 0.42 of the way (in logs) to the neighbouring whole numbers.
+            room = 0.42 * math.log((size + 1) / size)
+            ranks = np.argsort(np.argsort(order[same], kind="stable"), kind="stable")
+            x[same] = size * np.exp(room * (2 * ranks / (len(same) - 1) - 1))
+    return x

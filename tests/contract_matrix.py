@@ -1,0 +1,140 @@
+"""What works with what: the committed outcome of every strategy on every case, and its page.
+
+The contract suite (tests/test_contract.py) fails where an outcome differs from this table, also
+where a strategy works that the table says refuses. `python -m tests.contract_matrix` writes the
+page docs/matrix.md anew.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cases import NAMES, case
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
+STRATEGIES = ("NUTS", "ExactLinear", "AmortizedGuide", "MAML", "NoPooling", "CompletePooling")
+
+
+@dataclass(frozen=True)
+class Works:
+    """It fits, adapts and predicts; with a warning that begins like this, if there is one."""
+
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Refuses:
+    """It raises this error of hbmeta.errors, which says what was needed and what was found."""
+
+    error: str
+    needed: str
+    found: str
+
+
+WORKS = Works()
+ONE_ROW = Refuses(
+    "DataError",
+    "tasks with two rows or more, to split into support and query",
+    "one row per task",
+)
+NO_PRIOR = Refuses(
+    "UnsupportedModelError",
+    "a prior for every level-1 parameter",
+    "module parameter 'weight' without one",
+)
+AT_ZERO = Works("ExactLinear: the estimate of tau is zero")
+
+
+def _not_quadratic(families: str) -> Refuses:
+    return Refuses(
+        "UnsupportedModelError",
+        "a log joint that is quadratic in φ (Normal throughout, means linear in φ)",
+        f"families: {families}",
+    )
+
+
+def _stays(site: str) -> Works:
+    return Works(f"MAML: the loss does not depend on {site}")
+
+
+# Strategies in the order of STRATEGIES.
+MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
+    "linear_given_theta": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "linear_own_nested": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "linear_own_flat": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "varying_intercepts": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "ragged_one_row": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "two_coefficients": (WORKS, WORKS, WORKS, _stays("scale"), WORKS, WORKS),
+    "eight_schools": (WORKS, AT_ZERO, WORKS, ONE_ROW, WORKS, WORKS),
+    "eight_schools_centered": (WORKS, AT_ZERO, WORKS, ONE_ROW, WORKS, WORKS),
+    "bernoulli": (WORKS, _not_quadratic("Bernoulli, Normal"), WORKS, WORKS, WORKS, WORKS),
+    "poisson_offset": (WORKS, _not_quadratic("Normal, Poisson"), WORKS, WORKS, WORKS, WORKS),
+    "student_t": (WORKS, _not_quadratic("Normal, StudentT"), WORKS, WORKS, WORKS, WORKS),
+    "gamma_poisson": (WORKS, _not_quadratic("Gamma, Poisson"), WORKS, WORKS, WORKS, WORKS),
+    "lognormal_poisson": (
+        WORKS,
+        _not_quadratic("LogNormal, Poisson"),
+        WORKS,
+        _stays("spread"),
+        WORKS,
+        WORKS,
+    ),
+    "module_parameters": (NO_PRIOR, WORKS, WORKS, WORKS, WORKS, WORKS),
+}
+
+
+def outcome(strategy: str, name: str) -> Works | Refuses:
+    """The committed outcome of a strategy on a case."""
+    return MATRIX[name][STRATEGIES.index(strategy)]
+
+
+def pairs(kind: type) -> list[tuple[str, str]]:
+    """All (strategy, case) whose outcome is of that kind."""
+    return [(s, n) for n in NAMES for s in STRATEGIES if isinstance(outcome(s, n), kind)]
+
+
+_INTRODUCTION = """# What works with what
+
+Every inference strategy on every small program of the test suite (`tests/cases.py`). This page is
+written by `python -m tests.contract_matrix`; the tests fail where it is out of date, and where an
+outcome is not the one given here.
+
+**works** means that the contract holds: the same seed gives the same answer to the last bit; the
+caller's random state, Pyro's settings and its parameter store are left alone; adapting to new
+tasks does not change θ; the order of support rows does not matter; a task without support gets
+the task prior (exact strategies and the amortized guide) or its location (point estimates), and
+changes nothing for the other tasks; predictions are finite and shaped as y; and where the posterior
+is known and the strategy claims to give it, they agree. **refuses** means that `fit` raises an
+error that says what was needed, what was found and what to do.
+"""
+
+
+def render() -> str:
+    """The page as Markdown."""
+    notes: list[str] = []
+
+    def mark(entry: Works | Refuses) -> str:
+        if isinstance(entry, Works):
+            if not entry.warning:
+                return "works"
+            word, note = "works", f"With a warning: “{entry.warning} …”."
+        else:
+            word = "refuses"
+            note = f"`{entry.error}`: needed {entry.needed}; found {entry.found}."
+        if note not in notes:
+            notes.append(note)
+        return f"{word} [{notes.index(note) + 1}]"
+
+    lines = [_INTRODUCTION]
+    lines.append("| program | " + " | ".join(f"`{s}`" for s in STRATEGIES) + " |")
+    lines.append("|---" * (len(STRATEGIES) + 1) + "|")
+    for name in NAMES:
+        cells = [mark(outcome(s, name)) for s in STRATEGIES]
+        lines.append(f"| {case(name).about} | " + " | ".join(cells) + " |")
+    lines.append("")
+    lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(render(), encoding="utf-8")

@@ -1,0 +1,384 @@
+"""The contract: every strategy on every case, as tests/contract_matrix.py says; nothing is skipped."""
+
+import contextlib
+import math
+import warnings
+from functools import cache
+
+import arviz
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from hbmeta import errors, inference
+from hbmeta.densities import Delta, Empirical, Gaussian
+from hbmeta.tasks import Tasks
+from tests import contract_matrix, reference
+from tests.cases import NAMES, case, rows_of
+from tests.contract_matrix import STRATEGIES, Refuses, Works
+
+WORKING = contract_matrix.pairs(Works)
+REFUSING = contract_matrix.pairs(Refuses)
+# Cases whose posterior is known, on which NUTS must be right; the others only need some draws.
+MEASURED = ("linear_own_nested", "linear_own_flat", "eight_schools", "gamma_poisson")
+
+each_working_pair = pytest.mark.parametrize(("strategy", "name"), WORKING)
+
+
+def strategy_of(strategy, name, *, small):
+    """The settings of the suite, and the arguments of fit; `small` is the least that runs."""
+    if strategy == "NUTS":
+        draws, warmup = (250, 250) if name in MEASURED else (60, 100)
+        chosen = {"draws": 6, "warmup": 10} if small else {"draws": draws, "warmup": warmup}
+        return inference.NUTS(chains=2, **chosen), {"compile": "graph"}
+    if strategy == "MAML":
+        return inference.MAML(steps=3, step_size=0.05), {"steps": 2 if small else 20}
+    if strategy == "AmortizedGuide":
+        return inference.AmortizedGuide(hidden=16), {"steps": 2 if small else 20}
+    return getattr(inference, strategy)(), {"compile": "graph"}
+
+
+def fit(strategy, name, *, small=False):
+    """The fit, and the warnings that it gave; those on short chains of NUTS are expected."""
+    chosen, arguments = strategy_of(strategy, name, small=small)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted = chosen.fit(
+            case(name).program, case(name).tasks, **{"compile": False, "seed": 0, **arguments}
+        )
+    found = [str(w.message) for w in caught if not str(w.message).startswith("NUTS: ")]
+    return fitted, [message for message in found if "torch.jit" not in message]
+
+
+fit_once = cache(fit)
+
+
+@contextlib.contextmanager
+def few_draws_allowed():
+    """NUTS warns where new tasks leave few effective draws, as short chains do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="NUTS.adapt: task")
+        yield
+
+
+def adapt(fitted, support):
+    with few_draws_allowed():
+        return fitted.adapt(support, seed=3)
+
+
+def tensors_of(posterior):
+    """θ and the numbers of the density, by name."""
+    density = {k: v for k, v in vars(posterior.density).items() if v is not None}
+    return {**posterior.theta, **density}
+
+
+def without_task(tasks: Tasks, *empty: int) -> Tasks:
+    """The tasks with the rows of some of them taken away."""
+    return tasks.keep(~torch.isin(tasks.task, torch.tensor(empty)))
+
+
+# The matrix
+
+
+@pytest.mark.parametrize(("strategy", "name"), [(s, n) for n in NAMES for s in STRATEGIES])
+def test_outcome_is_as_committed(strategy, name):
+    expected = contract_matrix.outcome(strategy, name)
+    if isinstance(expected, Refuses):
+        with pytest.raises(getattr(errors, expected.error)) as caught:
+            fit(strategy, name, small=True)
+        assert caught.value.needed == expected.needed
+        assert expected.found in caught.value.found
+        assert caught.value.do
+        return
+    fitted, messages = fit_once(strategy, name)
+    if expected.warning:
+        assert [m[: len(expected.warning)] for m in messages] == [expected.warning]
+    else:
+        assert messages == []
+    assert fitted.posterior.ids == case(name).tasks.ids
+
+
+def test_matrix_page_is_up_to_date():
+    assert contract_matrix.PAGE.read_text(encoding="utf-8") == contract_matrix.render(), (
+        "run python -m tests.contract_matrix"
+    )
+
+
+def test_matrix_is_complete():
+    assert tuple(contract_matrix.MATRIX) == NAMES
+    assert {len(row) for row in contract_matrix.MATRIX.values()} == {len(STRATEGIES)}
+    strategies = {n for n in inference.__all__ if n != "Strategy"}
+    assert strategies == set(STRATEGIES)
+    assert len(WORKING) + len(REFUSING) == len(NAMES) * len(STRATEGIES)
+
+
+# What working means
+
+
+@each_working_pair
+def test_same_seed_gives_the_same_bits_and_leaves_no_trace(strategy, name, untouched):
+    # Parameters of these names in the store must neither be read nor written.
+    with pyro.get_param_store().scope():
+        for parameter in ("weight", "mu", "Features$$$weight"):
+            pyro.get_param_store().setdefault(parameter, torch.full((1, 2), 77.0))
+        runs = []
+        with untouched():
+            for _ in range(2):
+                fitted, _ = fit(strategy, name, small=True)
+                posterior = adapt(fitted, case(name).tasks)
+                predictive = posterior.predict(case(name).tasks, draws=10)
+                runs.append(
+                    {**fitted.theta, **tensors_of(posterior), "mean of y": predictive.mean}
+                )
+    first, second = runs
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+        assert first[key].dtype == torch.float64, key
+
+
+@each_working_pair
+def test_order_of_support_rows_does_not_matter(strategy, name):
+    tasks = case(name).tasks
+    turned = Tasks.from_flat(
+        tasks.flat_x.flip(0),
+        tasks.flat_y.flip(0),
+        tasks.task.flip(0),
+        tasks.n_tasks,
+        ids=tasks.ids,
+        features=tasks.features,
+    )
+    fitted, _ = fit_once(strategy, name)
+    one, other = tensors_of(adapt(fitted, tasks)), tensors_of(adapt(fitted, turned))
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-7, atol=1e-9)
+
+
+@each_working_pair
+def test_adapting_leaves_theta_and_predictions_are_finite(strategy, name):
+    tasks = case(name).tasks
+    fitted, _ = fit_once(strategy, name)
+    before = {key: value.clone() for key, value in fitted.theta.items()}
+    own = {} if fitted.own is None else {k: v.clone() for k, v in fitted.own.state_dict().items()}
+    posterior = adapt(fitted, tasks)
+    predictive = posterior.predict(tasks, draws=50)
+    assert predictive.mean.shape == predictive.variance.shape == tasks.y.shape
+    assert bool(torch.isfinite(predictive.mean).all())
+    assert bool((predictive.variance >= 0).all())
+    assert bool(torch.isfinite(predictive.log_prob(tasks.y)).all())
+    joint = predictive.log_prob(tasks.y, joint=True)
+    assert joint.shape == (tasks.n_tasks,)
+    assert bool(torch.isfinite(joint).all())
+    draws = posterior.sample(7, seed=1)
+    sites = fitted.problem.sites
+    assert set(draws) == {s.name for s in (*sites.locals, *sites.deterministic_local)}
+    for site in sites.locals:
+        assert draws[site.name].shape == (7, tasks.n_tasks, *site.shape)
+        assert bool(torch.isfinite(draws[site.name]).all())
+    assert before.keys() == fitted.theta.keys()
+    assert all(torch.equal(before[key], fitted.theta[key]) for key in before)
+    if fitted.own is not None:
+        assert all(torch.equal(own[k], v) for k, v in fitted.own.state_dict().items())
+
+
+@each_working_pair
+def test_empty_support(strategy, name):
+    tasks = case(name).tasks
+    fitted, _ = fit_once(strategy, name)
+    full = adapt(fitted, tasks)
+    one_empty = adapt(fitted, without_task(tasks, 0))
+    all_empty = adapt(fitted, without_task(tasks, *range(tasks.n_tasks)))
+    # An empty task changes nothing for the others.
+    others = torch.arange(1, tasks.n_tasks)
+    with_it, without = (vars(p.density.select(others)) for p in (full, one_empty))
+    for key, value in with_it.items():
+        if value is not None:
+            torch.testing.assert_close(value, without[key], rtol=1e-7, atol=1e-9)
+    for posterior in (one_empty, all_empty):
+        _check_prior(strategy, name, fitted, posterior)
+    predictive = one_empty.predict(tasks, draws=50)
+    assert bool(torch.isfinite(predictive.mean).all())
+    assert all_empty.predict(without_task(tasks, *range(tasks.n_tasks)), draws=5).tasks.n_points == 0
+
+
+def _check_prior(strategy, name, fitted, posterior):
+    """The first task, which has no rows, is what the strategy says of a task without data."""
+    problem, density = fitted.problem, posterior.density
+    batch = problem.batch(case(name).tasks)
+    if strategy == "CompletePooling":
+        torch.testing.assert_close(density.loc[0], fitted.info["phi"].reshape(-1), rtol=0, atol=0)
+        return
+    if isinstance(density, Empirical):
+        _check_draws_of_prior(name, fitted, posterior)
+        return
+    location = problem.location(fitted.theta, batch).detach()[0]
+    torch.testing.assert_close(density.loc[0], location, rtol=1e-12, atol=1e-12)
+    assert isinstance(density, Delta if strategy in ("MAML", "NoPooling") else Gaussian)
+    if isinstance(density, Gaussian) and case(name).gaussian_prior:
+        # Two Gaussians are the same where their densities agree at several points.
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            noise = torch.randn(density.loc.shape, generator=generator, dtype=torch.float64)
+            phi = density.loc + density.sd * noise
+            prior = problem.log_task_prior(fitted.theta, phi, batch)[0]
+            torch.testing.assert_close(density.log_prob(phi)[0], prior, rtol=1e-8, atol=1e-8)
+
+
+def _check_draws_of_prior(name, fitted, posterior):
+    """Draws of the prior: no data have evidence 1, and values are distributed as p(φ | θ_s)."""
+    density, info = posterior.density, posterior.info
+    log_evidence = info["log_evidence"][..., 0]
+    if case(name).gaussian_prior:
+        torch.testing.assert_close(
+            log_evidence, torch.zeros_like(log_evidence), rtol=0.0, atol=1e-6
+        )
+    else:
+        # An average of importance weights: 5 of its standard errors at the least efficiency seen.
+        assert float(log_evidence.mean().abs()) < 0.2
+    # The prior's own draws, at the same draws of θ, against the posterior's: the weighted means
+    # differ by less than 5 standard errors (both counted), a false alarm in 1e-6 per number.
+    assert bool(torch.isfinite(density.phi).all())
+    mean, sd = density.mean[0], density.sd[0]
+    location = _locations(fitted, posterior, case(name).tasks)
+    effective = float(density.effective_draws[0])
+    assert effective > 0.5 * density.phi.shape[0]
+    assert bool(((mean - location).abs() < 5 * sd / math.sqrt(effective) + 0.5 * sd).all())
+
+
+def _locations(fitted, posterior, tasks):
+    """(phi_size,) mean over the draws of θ of the task prior's location, for the first task."""
+    problem, theta = fitted.problem, posterior.theta
+    batch = problem.batch(tasks)
+    if not posterior.drawn:
+        return problem.location(theta, batch)[0]
+    draws = posterior.density.phi.shape[0]
+    at = [problem.location({k: v[s] for k, v in theta.items()}, batch)[0] for s in range(draws)]
+    return torch.stack(at).mean(0)
+
+
+# Agreement with the exact posterior
+
+
+@pytest.mark.parametrize("name", ["linear_given_theta", "linear_own_nested", "linear_own_flat"])
+def test_exact_linear_is_exact(name):
+    """Claimed to rounding: 1e-10 against the dense conditional of the joint Gaussian."""
+    known = case(name)
+    posterior = adapt(fit_once("ExactLinear", name)[0], known.tasks)
+    np.testing.assert_allclose(posterior.density.loc, known.posterior[0], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(posterior.density.sd, known.posterior[1], rtol=1e-10)
+    np.testing.assert_allclose(posterior.info["log_evidence"], known.log_evidence, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_nuts_agrees_within_monte_carlo_error(name):
+    """Means and sds within 4 of their Monte Carlo standard errors.
+
+    A false alarm has probability 6e-5 per number where the error is known; it is estimated from 500
+    draws, so say 1e-3, and there are 16 numbers per case: 2 % per case for an arbitrary seed.
+    """
+    known = case(name)
+    fitted, _ = fit_once("NUTS", name)
+    draws = fitted.posterior.values(10_000)[0][known.site]
+    chains = draws.reshape(2, -1, *draws.shape[1:]).numpy()
+    mean, sd = (np.asarray(v) for v in known.posterior)
+    errors_of = {
+        kind: arviz.mcse(arviz.convert_to_dataset(chains), method=kind)["x"].values
+        for kind in ("mean", "sd")
+    }
+    assert (np.abs(chains.mean((0, 1)) - mean) < 4 * errors_of["mean"]).all()
+    assert (np.abs(chains.std((0, 1)) - sd) < 4 * errors_of["sd"]).all()
+
+
+def test_nuts_adapts_exactly_where_theta_is_given():
+    """Linear-Gaussian: closed form. Gamma-Poisson: importance sampling, 5 standard errors."""
+    known = case("linear_own_nested")
+    posterior = adapt(fit_once("NUTS", "linear_own_nested")[0], known.tasks)
+    np.testing.assert_allclose(posterior.density.loc, known.posterior[0], rtol=1e-8)
+    np.testing.assert_allclose(posterior.density.sd, known.posterior[1], rtol=1e-8)
+    np.testing.assert_allclose(posterior.info["log_evidence"], known.log_evidence, rtol=1e-8)
+    known = case("gamma_poisson")
+    posterior = adapt(fit_once("NUTS", "gamma_poisson")[0], known.tasks)
+    mean, sd = posterior.moments()["rate"]
+    effective = posterior.info["effective_draws"].numpy()
+    assert (effective > 700).all()  # of 1,000
+    assert (np.abs(mean - known.posterior[0]) < 5 * known.posterior[1] / np.sqrt(effective)).all()
+    np.testing.assert_allclose(sd, known.posterior[1], rtol=0.15)
+    np.testing.assert_allclose(posterior.info["log_evidence"], known.log_evidence, atol=0.05)
+
+
+def test_nuts_adapts_to_the_joint_posterior_of_new_tasks():
+    """Fitted on six schools, adapted to two: weighted draws give the posterior given all eight.
+
+    Some 500 draws of θ reweighted by two schools: means within 0.25 and sds within 25 % of the sd.
+    """
+    known = case("eight_schools")
+    chosen, arguments = strategy_of("NUTS", "eight_schools", small=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = chosen.fit(known.program, known.tasks[:6], seed=1, **arguments)
+    posterior = adapt(fitted, known.tasks[6:])
+    mean, sd = posterior.moments()["effect"]
+    # Each new school joins the six by itself.
+    for position in (0, 1):
+        rows = [*range(6), 6 + position]
+        y = [float(known.tasks.flat_y[i]) for i in rows]
+        sigma = [float(known.tasks.flat_x[i, 0]) for i in rows]
+        exact_mean, exact_sd = reference.normal_means_posterior(y, sigma, 5.0, 5.0)["effect"]
+        assert abs(float(mean[position]) - exact_mean[-1]) < 0.25 * exact_sd[-1]
+        assert float(sd[position]) == pytest.approx(exact_sd[-1], rel=0.25)
+
+
+def test_nuts_fit_does_not_depend_on_the_order_of_rows():
+    """In distribution: the means of two fits differ by less than 5 standard errors (1e-6 each)."""
+    known = case("linear_own_nested")
+    tasks = known.tasks
+    turned = Tasks.from_flat(
+        tasks.flat_x.flip(0), tasks.flat_y.flip(0), tasks.task.flip(0), tasks.n_tasks,
+        ids=tasks.ids, features=tasks.features,
+    )  # fmt: skip
+    chosen, arguments = strategy_of("NUTS", "linear_own_nested", small=False)
+    means, squares = [], 0.0
+    for data in (tasks, turned):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fitted = chosen.fit(known.program, data, seed=2, **arguments)
+        draws = fitted.density.phi.reshape(2, chosen.draws, -1).numpy()
+        means.append(draws.mean((0, 1)))
+        squares = squares + arviz.mcse(arviz.convert_to_dataset(draws))["x"].values ** 2
+    assert (np.abs(means[0] - means[1]) < 5 * np.sqrt(squares)).all()
+
+
+@pytest.mark.parametrize("name", ["linear_given_theta", "linear_own_flat", "gamma_poisson"])
+def test_no_pooling_is_maximum_likelihood(name):
+    known = case(name)
+    posterior = adapt(fit_once("NoPooling", name)[0], known.tasks)
+    found = posterior.values()[0][known.site][0]
+    np.testing.assert_allclose(found, known.maximum_likelihood, rtol=1e-7)
+    of_the_fit = fit_once("NoPooling", name)[0].posterior.values()[0][known.site][0]
+    np.testing.assert_allclose(of_the_fit, known.maximum_likelihood, rtol=1e-4)
+
+
+def test_complete_pooling_is_maximum_likelihood_of_all_rows():
+    known = case("linear_given_theta")
+    found = adapt(fit_once("CompletePooling", "linear_given_theta")[0], known.tasks).density.loc
+    pooled = reference.least_squares(known.tasks.flat_x, known.tasks.flat_y)
+    np.testing.assert_allclose(found, np.tile(pooled, (known.tasks.n_tasks, 1)), rtol=1e-5)
+    known = case("gamma_poisson")
+    posterior = adapt(fit_once("CompletePooling", "gamma_poisson")[0], known.tasks)
+    rate = posterior.values()[0]["rate"][0]
+    np.testing.assert_allclose(rate, float(known.tasks.flat_y.mean()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear_given_theta", "linear_own_flat"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_maml_is_the_closed_form_of_its_iterate(name, reduction):
+    """Claimed to rounding: φ_N = φ̂ + (I − αH)^N (φ₀ − φ̂), with H of the mean or of the sum."""
+    known = case(name)
+    posterior = fit_once("MAML", name)[0].adapt(known.tasks, reduction=reduction, step_size=0.02)
+    for i, found in enumerate(posterior.density.loc):
+        X, y = rows_of(known.tasks, i)
+        hessian = X.T @ X / 0.4**2 / (len(y) if reduction == "mean" else 1)
+        start = np.array([0.5, -1.0])
+        end = reference.descended(hessian, reference.least_squares(X, y), start, 0.02, 3)
+        np.testing.assert_allclose(found, end, rtol=1e-10, atol=1e-12)
