@@ -93,28 +93,49 @@ def compare(
         draws = found[name]
         ess = float(arviz.ess(draws, method="bulk"))
         rows.append(
-            Agreement(program, name, float(draws.mean()), float(draws.std()), mean, sd, ess, float(arviz.rhat(draws)))
+            Agreement(
+                program,
+                name,
+                float(draws.mean()),
+                float(draws.std()),
+                mean,
+                sd,
+                ess,
+                float(arviz.rhat(draws)),
+            )
         )
     return rows
 
 
 def radon_reference(folder: Path) -> dict[str, tuple[float, float]]:
     """Mean and sd of every parameter, exact up to quadrature."""
-    path = folder / "reference_hierarchical/computed/radon_mn-radon_hierarchical_intercept.moments.json"
+    path = (
+        folder
+        / "reference_hierarchical/computed/radon_mn-radon_hierarchical_intercept.moments.json"
+    )
     stored = json.loads(path.read_text())
     sd_key = next(key for key in stored if "sd" in key or "std" in key)
-    return dict(zip(stored["names"], zip(stored["mean_value"], stored[sd_key], strict=True), strict=True))
+    return dict(
+        zip(stored["names"], zip(stored["mean_value"], stored[sd_key], strict=True), strict=True)
+    )
 
 
 def radon(folder: Path, draws: int = DRAWS, chains: int = 4) -> list[Agreement]:
     """The hierarchical intercept as a person's own program in both layouts and as VaryingEffects."""
     reference = radon_reference(folder)
     rows = []
-    for label, program in (("own program, nested", radon_nested), ("own program, flat", radon_flat)):
+    for label, program in (
+        ("own program, nested", radon_nested),
+        ("own program, flat", radon_flat),
+    ):
         fitted = NUTS(draws=draws, chains=chains).fit(program, radon_tasks(), seed=SEED)
         rows += compare(f"radon, {label}", draws_by_name(fitted), reference)
     priors = Priors(
-        intercept_location=0.0, intercept_scale=10.0, coefficient_scale=10.0, effect_scale=1.0, noise_scale=1.0
+        intercept_location=0.0,
+        intercept_scale=10.0,
+        coefficient_scale=10.0,
+        effect_scale=1.0,
+        noise_scale=1.0,
     )
     model = VaryingEffects(fixed=["log_uranium", "floor"], varying=["intercept"], priors=priors)
     found = draws_by_name(NUTS(draws=draws, chains=chains).fit(model, radon_tasks(), seed=SEED))
@@ -123,19 +144,27 @@ def radon(folder: Path, draws: int = DRAWS, chains: int = 4) -> list[Agreement]:
         "fixed[1]": "beta[1]", "fixed[2]": "beta[2]",
         **{f"coefficients[{i}]": f"alpha[{i}]" for i in range(1, 86)},
     }  # fmt: skip
-    rows += compare("radon, VaryingEffects", {renamed.get(k, k): v for k, v in found.items()}, reference)
+    rows += compare(
+        "radon, VaryingEffects", {renamed.get(k, k): v for k, v in found.items()}, reference
+    )
     return rows
 
 
 def schools(folder: Path, draws: int = DRAWS, chains: int = 4) -> list[Agreement]:
     """Eight schools, non-centered, against posteriordb's draws; τ on the log scale."""
-    path = folder / "posteriordb/reference_posteriors/draws/draws/eight_schools-eight_schools_noncentered.json.zip"
+    path = (
+        folder
+        / "posteriordb/reference_posteriors/draws/draws/eight_schools-eight_schools_noncentered.json.zip"
+    )
     stored = read_zip(path)
     reference = {}
     for name in stored[0]:
         values = np.concatenate([np.asarray(chain[name]) for chain in stored])
         values = np.log(values) if name == "tau" else values
-        reference["log tau" if name == "tau" else name] = (float(values.mean()), float(values.std()))
+        reference["log tau" if name == "tau" else name] = (
+            float(values.mean()),
+            float(values.std()),
+        )
     fitted = NUTS(draws=draws, chains=chains).fit(eight_schools, eight_schools_tasks(), seed=SEED)
     found = draws_by_name(fitted)
     found["log tau"] = np.log(found["tau"])

@@ -34,7 +34,9 @@ from hbmeta.tasks import Tasks
 SEED = 0
 
 
-def pyro_log_density(program: Callable[..., None], batch: Batch) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def pyro_log_density(
+    program: Callable[..., None], batch: Batch
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The log joint and its gradient as a person would get them from Pyro, φ = z and log scales."""
     to_positive = biject_to(constraints.positive)
     nested = batch.task is None
@@ -44,7 +46,13 @@ def pyro_log_density(program: Callable[..., None], batch: Batch) -> Callable[[Te
         log_scales = vector[3:5]
         scales = to_positive(log_scales)
         z = vector[5:].unsqueeze(1) if nested else vector[5:]
-        values = {"mu_alpha": vector[0], "beta": vector[1:3], "sigma_alpha": scales[0], "sigma_y": scales[1], "z": z}
+        values = {
+            "mu_alpha": vector[0],
+            "beta": vector[1:3],
+            "sigma_alpha": scales[0],
+            "sigma_y": scales[1],
+            "z": z,
+        }
         conditioned = pyro.poutine.condition(program, data=values)
         if nested:
             # Padded cells must not count; Pyro's own way is a mask around the program.
@@ -72,7 +80,10 @@ def relative(a: Tensor, b: Tensor) -> float:
 def bench_log_joint() -> list[str]:
     """Radon, nested and flat, float32 and float64."""
     lines = ["log joint and gradient, radon (85 counties, 919 houses), microseconds per call", ""]
-    lines += ["| layout | dtype | eager Pyro | staged | times faster | relative difference |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| layout | dtype | eager Pyro | staged | times faster | relative difference |",
+        "|---|---|---|---|---|---|",
+    ]
     for program, layout in ((radon_nested, "nested"), (radon_flat, "flat")):
         for dtype in (torch.float32, torch.float64):
             tasks = radon_tasks().to(dtype=dtype)
@@ -83,14 +94,18 @@ def bench_log_joint() -> list[str]:
             generator = torch.Generator().manual_seed(SEED)
             vector = (0.1 * torch.randn(90, generator=generator, dtype=torch.float64)).to(dtype)
 
-            def staged_function(v: Tensor, b: Batch, problem: Problem = problem, theta: dict[str, Tensor] = theta) -> tuple[Tensor, Tensor]:
+            def staged_function(
+                v: Tensor, b: Batch, problem: Problem = problem, theta: dict[str, Tensor] = theta
+            ) -> tuple[Tensor, Tensor]:
                 return log_density(problem, theta, v, b)
 
             run = Staged(staged_function, tier="compiled").flat(vector, batch)
             data = [t for t in (batch.x, batch.y, batch.weight, batch.task) if t is not None]
             eager = pyro_log_density(program, batch)
             with pyro.validation_enabled(False):
-                seconds = interleaved({"eager": lambda: eager(vector), "staged": lambda: run(vector, *data)})
+                seconds = interleaved(
+                    {"eager": lambda: eager(vector), "staged": lambda: run(vector, *data)}
+                )
                 value, gradient = eager(vector)
                 # The program itself, in the same precision, is what the graph must equal.
                 own_value, own_gradient = log_density(problem, theta, vector, batch)
@@ -165,13 +180,21 @@ def pyro_nuts(transitions: int, jit: bool) -> tuple[np.ndarray, float]:
     pyro.clear_param_store()
     pyro.set_rng_seed(SEED)
     kernel = pyro.infer.NUTS(radon_flat, jit_compile=jit, ignore_jit_warnings=True)
-    sampler = pyro.infer.MCMC(kernel, num_samples=transitions, warmup_steps=transitions, disable_progbar=True)
+    sampler = pyro.infer.MCMC(
+        kernel, num_samples=transitions, warmup_steps=transitions, disable_progbar=True
+    )
     start = time.perf_counter()
     with pyro.validation_enabled(False), contextlib.redirect_stderr(io.StringIO()):
         sampler.run(tasks.flat_x, tasks.flat_y, task=tasks.task, n_tasks=tasks.n_tasks)
     seconds = time.perf_counter() - start
     found = sampler.get_samples()
-    columns = [found["mu_alpha"][:, None], found["beta"], found["sigma_alpha"].log()[:, None], found["sigma_y"].log()[:, None], found["z"]]
+    columns = [
+        found["mu_alpha"][:, None],
+        found["beta"],
+        found["sigma_alpha"].log()[:, None],
+        found["sigma_y"].log()[:, None],
+        found["z"],
+    ]
     torch.set_default_dtype(torch.float32)
     return torch.cat(columns, 1).numpy()[None], seconds
 
@@ -203,21 +226,34 @@ def bench_nuts(quick: bool) -> list[str]:
         fitted = strategy.fit(radon_flat, tasks, seed=SEED)
         draws = fitted.density.phi[..., 0].reshape(chains, 1000, 85).numpy()
         first = fitted.theta
-        heads = [first["mu_alpha"][:, None], first["beta"], first["sigma_alpha"][:, None], first["sigma_y"][:, None]]
+        heads = [
+            first["mu_alpha"][:, None],
+            first["beta"],
+            first["sigma_alpha"][:, None],
+            first["sigma_y"][:, None],
+        ]
         whole = np.concatenate([torch.cat(heads, 1).reshape(chains, 1000, 5).numpy(), draws], -1)
         label = f"hbmeta NUTS, {chains} chain{'s' if chains > 1 else ''}"
         row(f"{label}, sampling", chains * 1500, fitted.info["seconds_sampling"], whole)
         row(f"{label}, compilation counted", chains * 1500, fitted.seconds.fit, whole)
-    lines += ["", "times the effective draws per second of pyro.infer.NUTS (smallest / median ESS):", ""]
+    lines += [
+        "",
+        "times the effective draws per second of pyro.infer.NUTS (smallest / median ESS):",
+        "",
+    ]
     for name, (least, median) in rates.items():
         if name.startswith("hbmeta"):
             for base in ("pyro.infer.NUTS", "pyro.infer.NUTS (jit_compile)"):
-                lines.append(f"- {name} against {base}: {least / rates[base][0]:.0f} / {median / rates[base][1]:.0f}")
+                lines.append(
+                    f"- {name} against {base}: {least / rates[base][0]:.0f} / {median / rates[base][1]:.0f}"
+                )
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="shorter runs of pyro.infer.NUTS")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

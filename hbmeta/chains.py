@@ -82,7 +82,15 @@ def run_chains(
 
     def one(chain: int) -> None:
         _run_one(
-            log_density, shared, chain, starts[chain].numpy().copy(), draws, warmup, seed, target_accept, max_tree_depth
+            log_density,
+            shared,
+            chain,
+            starts[chain].numpy().copy(),
+            draws,
+            warmup,
+            seed,
+            target_accept,
+            max_tree_depth,
         )
 
     if limit == 1 or not can_fork:

@@ -98,7 +98,9 @@ def conditional_over_draws(
     theta = {name: value.detach() for name, value in theta.items()}
 
     def function(phi: Tensor) -> Tensor:
-        return torch.vmap(lambda t, p: log_joint(problem, t, p, support), in_dims=(axes, 0))(theta, phi)
+        return torch.vmap(lambda t, p: log_joint(problem, t, p, support), in_dims=(axes, 0))(
+            theta, phi
+        )
 
     with torch.no_grad():
         start = torch.vmap(lambda t: problem.location(t, support), in_dims=(axes,))(theta)
@@ -108,9 +110,13 @@ def conditional_over_draws(
     loc, tril = found.loc.detach(), found.tril.detach()
     for heavy in (False, True):
         phi, log_q = _propose(loc, tril, proposals, seed, heavy=heavy)
-        repeated = {k: v.repeat_interleave(proposals, 0) if k in names else v for k, v in theta.items()}
+        repeated = {
+            k: v.repeat_interleave(proposals, 0) if k in names else v for k, v in theta.items()
+        }
         flat = phi.reshape(n_draws * proposals, support.n_tasks, -1)
-        log_w = _weigh(problem, repeated, True, flat, support).reshape(n_draws, proposals, -1) - log_q
+        log_w = (
+            _weigh(problem, repeated, True, flat, support).reshape(n_draws, proposals, -1) - log_q
+        )
         if float((log_w.amax(1) - log_w.amin(1)).max()) < _CONSTANT:
             break
     shares = torch.softmax(log_w, 1)
@@ -126,7 +132,9 @@ def conditional_over_draws(
     return density, info
 
 
-def _propose(loc: Tensor, tril: Tensor, draws: int, seed: int, *, heavy: bool) -> tuple[Tensor, Tensor]:
+def _propose(
+    loc: Tensor, tril: Tensor, draws: int, seed: int, *, heavy: bool
+) -> tuple[Tensor, Tensor]:
     """Draws (thetas, draws, tasks, phi_size) and their log density, Gaussian or Student-t."""
     generator = torch.Generator().manual_seed(seed)
     size = loc.shape[-1]
@@ -154,7 +162,11 @@ def _propose(loc: Tensor, tril: Tensor, draws: int, seed: int, *, heavy: bool) -
 
 def _weigh(problem: Problem, theta: Theta, drawn: bool, phi: Tensor, support: Batch) -> Tensor:
     """(draws, tasks) log joint at each draw, in chunks that stay in cache."""
-    chunk = max(1, 2_000_000 // max(1, support.x.shape[0] * (support.x.shape[1] if support.task is None else 1)))
+    chunk = max(
+        1,
+        2_000_000
+        // max(1, support.x.shape[0] * (support.x.shape[1] if support.task is None else 1)),
+    )
     names = {site.name for site in problem.sites.globals} if drawn else set()
     axes = {name: 0 if name in names else None for name in theta}
     parts = []

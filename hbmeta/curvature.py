@@ -135,7 +135,9 @@ def maximise(
         # The curvature's own magnitude, so that damping has its units.
         magnitude = precision.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(1e-8)
         smallest = torch.linalg.eigvalsh(precision)[..., 0]
-        floor = torch.where(smallest > 1e-10 * magnitude, 0.0 * smallest, -1.5 * smallest + 1e-3 * magnitude)
+        floor = torch.where(
+            smallest > 1e-10 * magnitude, 0.0 * smallest, -1.5 * smallest + 1e-3 * magnitude
+        )
         total = torch.maximum(damping, floor)
         step = torch.linalg.solve(
             precision + total[..., None, None] * identity, gradient.unsqueeze(-1)
@@ -154,7 +156,9 @@ def maximise(
     return phi, done
 
 
-def require_positive(positive: Tensor, smallest: Tensor, ids: tuple[object, ...], where: str) -> None:
+def require_positive(
+    positive: Tensor, smallest: Tensor, ids: tuple[object, ...], where: str
+) -> None:
     """Raises, naming the first task whose curvature is not positive definite."""
     bad = ~positive
     if bool(bad.any()):

@@ -78,7 +78,9 @@ class Gaussian:
             whitened = difference / self.scale
             log_det = self.scale.log().sum(-1)
         else:
-            solved = torch.linalg.solve_triangular(self.scale, difference.unsqueeze(-1), upper=False)
+            solved = torch.linalg.solve_triangular(
+                self.scale, difference.unsqueeze(-1), upper=False
+            )
             whitened = solved.squeeze(-1)
             log_det = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         size = self.loc.shape[-1]
@@ -95,7 +97,9 @@ class Gaussian:
     @property
     def covariance(self) -> Tensor:
         """(tasks, phi_size, phi_size)."""
-        return torch.diag_embed(self.scale.square()) if self.diagonal else self.scale @ self.scale.mT
+        return (
+            torch.diag_embed(self.scale.square()) if self.diagonal else self.scale @ self.scale.mT
+        )
 
     def detach(self) -> Gaussian:
         """The same numbers without their history."""

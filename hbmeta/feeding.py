@@ -55,7 +55,14 @@ class Feed:
     """
 
     def __init__(
-        self, data: Any, layout: Layout, needs: Needs, tasks_per_step: int | None, seed: int, device: Any, dtype: Any
+        self,
+        data: Any,
+        layout: Layout,
+        needs: Needs,
+        tasks_per_step: int | None,
+        seed: int,
+        device: Any,
+        dtype: Any,
     ) -> None:
         self.data, self.layout, self.needs = data, layout, needs
         self.tasks_per_step, self.seed = tasks_per_step, seed
@@ -72,7 +79,10 @@ class Feed:
         self.given: Tensor | None = None
         if isinstance(data, Episode):
             # Rows of the union come support first in each task, so the cut is a comparison of ranks.
-            rank = torch.arange(tasks.n_points, device=device) - tasks.offsets[:-1].to(device)[tasks.task]
+            rank = (
+                torch.arange(tasks.n_points, device=device)
+                - tasks.offsets[:-1].to(device)[tasks.task]
+            )
             is_support = rank < data.support.counts.to(device)[tasks.task]
             self.given = is_support if layout == "flat" else tasks.pad(is_support) & tasks.mask
         if needs == "split" and self.given is None and int(tasks.counts.max()) < 2:
@@ -101,7 +111,9 @@ class Feed:
             batch, given = _take(batch, given, chosen.to(batch.x.device))
         return self._cut(batch, given, generator)
 
-    def _cut(self, batch: Batch, given: Tensor | None, generator: torch.Generator) -> tuple[Batch, Batch]:
+    def _cut(
+        self, batch: Batch, given: Tensor | None, generator: torch.Generator
+    ) -> tuple[Batch, Batch]:
         if given is not None and self.needs == "split":
             return batch.where(given & batch.mask), batch.where(batch.mask & ~given)
         rate = torch.rand(batch.n_tasks, generator=generator)

@@ -81,7 +81,9 @@ class Fitted:
     @property
     def units(self) -> Units:
         """y of the data = location + scale · y of the model."""
-        return Units() if self.schema is None else Units(self.schema.y_location, self.schema.y_scale)
+        return (
+            Units() if self.schema is None else Units(self.schema.y_location, self.schema.y_scale)
+        )
 
     @property
     def posterior(self) -> TaskPosterior:
@@ -121,7 +123,9 @@ class Fitted:
     def posterior_of(self, support: Tasks) -> TaskPosterior:
         """The posterior of the fit where these tasks with these data were fitted on, else `adapt`."""
         known = set(self.tasks.ids)
-        if all(i in known for i in support.ids) and support.same_data(self.tasks.select(support.ids)):
+        if all(i in known for i in support.ids) and support.same_data(
+            self.tasks.select(support.ids)
+        ):
             whole = support.ids == self.tasks.ids
             return self.posterior if whole else self.posterior.select(support.ids)
         return self.adapt(support)
@@ -129,7 +133,9 @@ class Fitted:
     def globals(self) -> dict[str, Tensor]:
         """Constrained global sites: a value each, or draws (draws, *shape)."""
         batch = self.problem.batch(self.tasks[:1])
-        names = [s.name for s in (*self.problem.sites.globals, *self.problem.sites.deterministic_global)]
+        names = [
+            s.name for s in (*self.problem.sites.globals, *self.problem.sites.deterministic_global)
+        ]
         if not self.drawn:
             with torch.no_grad():
                 found = self.problem.run(self.theta, {}, batch, with_y=False).values
@@ -222,7 +228,10 @@ class Fitted:
             json.dumps(header)
         except TypeError as error:
             raise FileError(
-                str(path), needed="settings and labels that JSON can hold", found=str(error), do="Use str or int ids."
+                str(path),
+                needed="settings and labels that JSON can hold",
+                found=str(error),
+                do="Use str or int ids.",
             ) from error
         write_tensors(path, tensors, header)
 
@@ -262,7 +271,11 @@ def _reading(path: Any) -> Iterator[None]:
 
 
 def fitted_from_file(
-    path: Any, tensors: Mapping[str, Tensor], header: Mapping[str, Any], strategy: Strategy, model: Program
+    path: Any,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    strategy: Strategy,
+    model: Program,
 ) -> Fitted:
     """The inverse of `Fitted.save`, given the strategy and the program."""
 
@@ -293,7 +306,9 @@ def fitted_from_file(
         if own is not None:
             own.load_state_dict(group("own/"))
         kinds = {"Delta": Delta, "Gaussian": Gaussian, "Empirical": Empirical}
-        density = None if header["density"] is None else kinds[header["density"]](**group("density/"))
+        density = (
+            None if header["density"] is None else kinds[header["density"]](**group("density/"))
+        )
         seconds = Seconds(*header["seconds"])
         info = {**header["info"], **group("info/")}
     return Fitted(

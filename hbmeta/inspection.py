@@ -19,12 +19,11 @@ from hbmeta.program import (
     Batch,
     Layout,
     Program,
-    Site,
-    Sites,
     is_deterministic,
     is_subsample,
     isolated,
 )
+from hbmeta.sites import Site, Sites
 
 __all__ = ["inspect_program", "layouts", "program_name"]
 

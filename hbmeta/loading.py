@@ -27,7 +27,9 @@ def strategies() -> dict[str, type[Strategy]]:
     return {strategy.__name__: strategy for strategy in found}
 
 
-def strategy_from_settings(name: str, settings: dict[str, Any], where: str = "strategy") -> Strategy:
+def strategy_from_settings(
+    name: str, settings: dict[str, Any], where: str = "strategy"
+) -> Strategy:
     """A strategy of the toolkit from its name and settings.
 
     Raises:

@@ -76,7 +76,15 @@ def minimise(
         start.detach().double().cpu().numpy().copy(),
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": iterations, "maxfun": 4 * iterations, "maxcor": 30, "ftol": 1e-15, "gtol": tolerance},
+        options={
+            "maxiter": iterations,
+            "maxfun": 4 * iterations,
+            "maxcor": 30,
+            "ftol": 1e-15,
+            "gtol": tolerance,
+        },
     )
     point = torch.from_numpy(found.x).to(start)
-    return Minimum(point, float(found.fun), int(found.nfev), bool(found.success), staged.seconds_staging)
+    return Minimum(
+        point, float(found.fun), int(found.nfev), bool(found.success), staged.seconds_staging
+    )

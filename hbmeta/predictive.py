@@ -45,6 +45,8 @@ class Predictive:
         log_weights: (draws, tasks), normalised here within each task; None weighs all alike.
         joint: log p(y_i | x_i, S_i) of all rows of each task together, (tasks,), where it is known
             in closed form; takes the flat y (n,) in the units and the dtype of the model.
+        joint_sample: (number, seed) to draws (number, n) from that joint density; without it the
+            rows of a component are drawn independently.
         location: y = location + scale · (y of the model), undoes a standardised y.
         scale: see location; positive, in the units of y.
         seed: of every draw, unless a method is given its own.
@@ -62,6 +64,7 @@ class Predictive:
         *,
         log_weights: Tensor | None = None,
         joint: Callable[[Tensor], Tensor] | None = None,
+        joint_sample: Callable[[int, int], Tensor] | None = None,
         location: float = 0.0,
         scale: float = 1.0,
         seed: int = 0,
@@ -78,7 +81,8 @@ class Predictive:
         self.location, self.scale = float(location), float(scale)
         if log_weights is not None:
             log_weights = _normalised(log_weights, components.n_draws, tasks)
-        self._joint, self._mixture = joint, Mixture(components, tasks, log_weights)
+        self._joint, self._joint_sample = joint, joint_sample
+        self._mixture = Mixture(components, tasks, log_weights)
 
     @property
     def n_draws(self) -> int:
@@ -180,8 +184,7 @@ class Predictive:
         """Draws of y, joint over the rows of a task: they share the draw of (φ, θ).
 
         With equal weights the tasks share it too, and no component is used again before all were
-        used; with weights each task draws its own. Where one component stands for an
-        integral over φ in closed form, its rows are drawn independently: right for each row alone.
+        used; with weights each task draws its own.
 
         Args:
             n: number of draws.
@@ -193,7 +196,11 @@ class Predictive:
             raise DataError(
                 "Predictive.sample", needed="n of 1 or more", found=f"{n}", do="Pass n=1000."
             )
-        draws = self._mixture.sample(n, self.seed if seed is None else seed)
+        seed = self.seed if seed is None else seed
+        if self._joint_sample is None or self.tasks.n_points == 0:
+            draws = self._mixture.sample(n, seed)
+        else:
+            draws = self._joint_sample(n, seed)
         return self._shaped(self._in_units(draws), dim=1)
 
     # How well a given y fits

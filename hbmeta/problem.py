@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hbmeta.errors import ProgramError, UnsupportedModelError
 from hbmeta.inspection import inspect_program, layouts, program_name
-from hbmeta.program import Batch, Evaluation, Layout, Phi, Program, Sites, Theta, evaluate
+from hbmeta.program import Batch, Evaluation, Layout, Phi, Program, Theta, evaluate
+from hbmeta.sites import Sites
 from hbmeta.tasks import Tasks
 
 # Padding costs nothing where groups are of equal size and up to 11 times the rows where they are
@@ -282,8 +283,8 @@ def parameter_names(base: Any) -> tuple[str, ...]:
         names -= {"covariance_matrix", "precision_matrix"}
     if (
         not names
-        or isinstance(base, torch.distributions.TransformedDistribution)
-        and not hasattr(base, "loc")
+        or (isinstance(base, torch.distributions.TransformedDistribution)
+        and not hasattr(base, "loc"))
     ):
         raise UnsupportedModelError(
             f"predictions of {type(base).__name__}",

@@ -55,7 +55,12 @@ def simplify(graph: GraphModule) -> GraphModule:
             node.args = (node.args[0].args[0], *node.args[1:])
         elif node.target in _POINTWISE:
             tensors = [a for a in node.args if isinstance(a, Node)]
-            if len(tensors) == 1 and tensors[0] is node.args[0] and _is_expand(tensors[0]) and _same_shape(node):
+            if (
+                len(tensors) == 1
+                and tensors[0] is node.args[0]
+                and _is_expand(tensors[0])
+                and _same_shape(node)
+            ):
                 _move_behind(graph, node)
             elif node.target is aten.div.Tensor and len(tensors) == 2 and _is_expand(tensors[1]):
                 _multiply_instead(graph, node)
@@ -86,7 +91,9 @@ def _move_behind(graph: GraphModule, node: Node) -> None:
     expanded = node.args[0]
     assert isinstance(expanded, Node)
     with graph.graph.inserting_before(node):
-        inner = graph.graph.call_function(node.target, (expanded.args[0], *node.args[1:]), node.kwargs)
+        inner = graph.graph.call_function(
+            node.target, (expanded.args[0], *node.args[1:]), node.kwargs
+        )
         outer = graph.graph.call_function(aten.expand.default, (inner, *expanded.args[1:]))
     outer.meta = dict(node.meta)
     node.replace_all_uses_with(outer)

@@ -215,9 +215,7 @@ def implied_prior_precision(
     return 0.5 * (precision + precision.T)
 
 
-def scaled_step_size(
-    step_size: float, n: int, noise: float | None, reduction: Reduction
-) -> float:
+def scaled_step_size(step_size: float, n: int, noise: float | None, reduction: Reduction) -> float:
     """The step size on the summed negative log-likelihood that does what `step_size` does on a loss.
 
     If the loss is s times the sum (and a constant), a step α on it is a step sα on the sum:

@@ -81,11 +81,15 @@ def prior_scales(problem: Problem, theta: Theta, batch: Batch) -> Theta:
     start = sites.theta_to_vector(theta).unsqueeze(0)
 
     def function(vector: Tensor) -> Tensor:
-        return problem.log_prior({**theta, **sites.theta_from_vector(vector[0])}, batch).unsqueeze(0)
+        return problem.log_prior({**theta, **sites.theta_from_vector(vector[0])}, batch).unsqueeze(
+            0
+        )
 
     _, _, hessian = gradient_and_hessian(function, start)
     curvature = -hessian[0].diagonal()
-    scale = torch.where(curvature > 1e-12, curvature.clamp_min(1e-12).rsqrt(), torch.ones_like(curvature))
+    scale = torch.where(
+        curvature > 1e-12, curvature.clamp_min(1e-12).rsqrt(), torch.ones_like(curvature)
+    )
     return sites.theta_from_vector(scale)
 
 
@@ -104,7 +108,13 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     if own is not None:
         own = own.to(device=problem.device, dtype=problem.dtype)
     feed = Feed(
-        data, problem.layout, strategy.needs, options.tasks_per_step, options.seed, problem.device, problem.dtype
+        data,
+        problem.layout,
+        strategy.needs,
+        options.tasks_per_step,
+        options.seed,
+        problem.device,
+        problem.dtype,
     )
     n_tasks = feed.n_tasks or options.steps * (options.tasks_per_step or 25)
     start = problem.theta(whole)
@@ -123,7 +133,9 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
                 theta[name] = moved
         return theta, None if own is None else _Bound(own, {k: free[f"own/{k}"] for k in own_start})
 
-    def data_loss(free: Mapping[str, Tensor], support: Batch, query: Batch, noise: Mapping[str, Tensor]) -> Tensor:
+    def data_loss(
+        free: Mapping[str, Tensor], support: Batch, query: Batch, noise: Mapping[str, Tensor]
+    ) -> Tensor:
         theta, bound = unpack(free)
         losses = strategy.loss(problem, theta, bound, support, query, noise)
         used = (query.counts > 0).to(losses.dtype)
@@ -137,11 +149,14 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         loss = data_loss(free, support, query, noise) - problem.log_prior(theta, query) / n_tasks
         gradients = torch.autograd.grad(loss, list(free.values()), allow_unused=True)
         filled = [
-            torch.zeros_like(v) if g is None else g for g, v in zip(gradients, free.values(), strict=True)
+            torch.zeros_like(v) if g is None else g
+            for g, v in zip(gradients, free.values(), strict=True)
         ]
         return loss.detach(), filled
 
-    free = {f"theta/{k}": torch.zeros_like(v) if k in scales else v.clone() for k, v in start.items()}
+    free = {
+        f"theta/{k}": torch.zeros_like(v) if k in scales else v.clone() for k, v in start.items()
+    }
     free |= {f"own/{k}": v for k, v in own_start.items()}
     if not free:
         # A program with θ given and a strategy that learns nothing of its own.
@@ -163,7 +178,10 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     noise_generator.manual_seed(options.seed + 1)
 
     staged = Staged(
-        value_and_gradient, tier=options.tier, expected_calls=options.steps, check_every=max(options.steps // 4, 1)
+        value_and_gradient,
+        tier=options.tier,
+        expected_calls=options.steps,
+        check_every=max(options.steps // 4, 1),
     )
     groups = [
         {"params": [v for k, v in free.items() if k.removeprefix("theta/") in scales], "lr": options.theta_learning_rate},
@@ -177,7 +195,10 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     identity = _identity(options, strategy, problem, tasks)
     first = _resume(options, identity, free, optimizer, history, noise_generator)
     bar = tqdm(
-        total=options.steps, initial=first, desc=strategy.name, disable=not show_progress(options.progress)
+        total=options.steps,
+        initial=first,
+        desc=strategy.name,
+        disable=not show_progress(options.progress),
     )
     losses = torch.zeros(options.steps, dtype=torch.float64)
     losses[:first] = torch.tensor(history, dtype=torch.float64)
@@ -195,13 +216,17 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         if number % 50 == 49 or number == options.steps - 1:
             _check(strategy, losses, number)
             bar.update(number + 1 - bar.n)
-            bar.set_postfix(loss=f"{losses[max(number - 49, 0) : number + 1].mean():.4f}", refresh=False)
+            bar.set_postfix(
+                loss=f"{losses[max(number - 49, 0) : number + 1].mean():.4f}", refresh=False
+            )
         if options.checkpoint is not None and (number + 1) % _CHECKPOINT_EVERY == 0:
             _save(options, identity, free, optimizer, losses[: number + 1], noise_generator)
     bar.close()
     theta, _ = unpack(free)
     if own is not None:
-        own.load_state_dict({**own.state_dict(), **{k: free[f"own/{k}"].detach() for k in own_start}})
+        own.load_state_dict(
+            {**own.state_dict(), **{k: free[f"own/{k}"].detach() for k in own_start}}
+        )
     if untouched:
         warnings.warn(
             f"{strategy.name}: the loss does not depend on {', '.join(_names(untouched))}, so it stays "
@@ -280,7 +305,12 @@ def _identity(
 
 
 def _save(
-    options: Options, identity: dict[str, Any], free: Any, optimizer: Any, losses: Tensor, generator: Any
+    options: Options,
+    identity: dict[str, Any],
+    free: Any,
+    optimizer: Any,
+    losses: Tensor,
+    generator: Any,
 ) -> None:
     tensors = {f"free/{k}": v for k, v in free.items()}
     for name, value in free.items():
@@ -316,7 +346,8 @@ def _resume(
         for name, value in free.items():
             value.copy_(tensors[f"free/{name}"])
             optimizer.state[value] = {
-                key: tensors[f"adam/{key}/{name}"].clone() for key in ("exp_avg", "exp_avg_sq", "step")
+                key: tensors[f"adam/{key}/{name}"].clone()
+                for key in ("exp_avg", "exp_avg_sq", "step")
             }
     generator.set_state(tensors["generator"])
     history.extend(tensors["losses"].tolist())

@@ -127,13 +127,13 @@ def two_coefficients(x, y=None):
 
 
 class Features(PyroModule):
-    """A small network before a linear task head: θ is what a module learns, without a prior."""
+    """A unit of a network before a linear task head: θ is learned by a module, without a prior."""
 
-    def __init__(self, width=2):
+    def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1.0, 1.0, width).reshape(1, width))
-        self.bias = nn.Parameter(torch.linspace(0.5, -0.5, width))
-        self.start = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.tensor([[1.0]]))
+        self.bias = nn.Parameter(torch.tensor([0.5]))
+        self.start = nn.Parameter(torch.tensor([0.0]))
 
     def forward(self, x, y=None):
         with pyro.plate("task", x.shape[0], dim=-2):

@@ -23,15 +23,20 @@ REFUSING = contract_matrix.pairs(Refuses)
 # Cases whose posterior is known, on which NUTS must be right; the others only need some draws.
 MEASURED = ("linear_own_nested", "linear_own_flat", "eight_schools", "gamma_poisson")
 
+# Strategies that do not train by steps.
+CLOSED = ("ExactLinear", "NoPooling", "CompletePooling")
+
 each_working_pair = pytest.mark.parametrize(("strategy", "name"), WORKING)
 
 
 def strategy_of(strategy, name, *, small):
     """The settings of the suite, and the arguments of fit; `small` is the least that runs."""
     if strategy == "NUTS":
-        draws, warmup = (250, 250) if name in MEASURED else (60, 100)
-        chosen = {"draws": 6, "warmup": 10} if small else {"draws": draws, "warmup": warmup}
-        return inference.NUTS(chains=2, **chosen), {"compile": "graph"}
+        draws, warmup, depth = (250, 250, 10) if name in MEASURED else (40, 60, 5)
+        if small:
+            draws, warmup, depth = 4, 6, 3
+        chosen = inference.NUTS(draws=draws, warmup=warmup, max_tree_depth=depth, chains=2)
+        return chosen, {"compile": "graph"}
     if strategy == "MAML":
         return inference.MAML(steps=3, step_size=0.05), {"steps": 2 if small else 20}
     if strategy == "AmortizedGuide":
@@ -122,15 +127,14 @@ def test_same_seed_gives_the_same_bits_and_leaves_no_trace(strategy, name, untou
     with pyro.get_param_store().scope():
         for parameter in ("weight", "mu", "Features$$$weight"):
             pyro.get_param_store().setdefault(parameter, torch.full((1, 2), 77.0))
+        # What has no small fit need not do the large one three times.
+        made = fit_once(strategy, name)[0] if strategy in CLOSED else None
         runs = []
         with untouched():
-            for _ in range(2):
-                fitted, _ = fit(strategy, name, small=True)
+            for fitted in (made or fit(strategy, name, small=True)[0], fit(strategy, name, small=True)[0]):
                 posterior = adapt(fitted, case(name).tasks)
-                predictive = posterior.predict(case(name).tasks, draws=10)
-                runs.append(
-                    {**fitted.theta, **tensors_of(posterior), "mean of y": predictive.mean}
-                )
+                mean = posterior.predict(case(name).tasks, draws=10).mean
+                runs.append({**fitted.theta, **tensors_of(posterior), "mean of y": mean})
     first, second = runs
     assert first.keys() == second.keys()
     for key in first:
@@ -229,13 +233,13 @@ def _check_draws_of_prior(name, fitted, posterior):
     """Draws of the prior: no data have evidence 1, and values are distributed as p(φ | θ_s)."""
     density, info = posterior.density, posterior.info
     log_evidence = info["log_evidence"][..., 0]
-    if case(name).gaussian_prior:
+    if case(name).gaussian_prior and not int(posterior.support.counts.sum()):
         torch.testing.assert_close(
             log_evidence, torch.zeros_like(log_evidence), rtol=0.0, atol=1e-6
         )
     else:
-        # An average of importance weights: 5 of its standard errors at the least efficiency seen.
-        assert float(log_evidence.mean().abs()) < 0.2
+        # Averages of importance weights, whose proposal may be chosen for the other tasks' sake.
+        assert float(log_evidence.exp().mean()) == pytest.approx(1.0, abs=0.1)
     # The prior's own draws, at the same draws of θ, against the posterior's: the weighted means
     # differ by less than 5 standard errors (both counted), a false alarm in 1e-6 per number.
     assert bool(torch.isfinite(density.phi).all())

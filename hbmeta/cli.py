@@ -1,0 +1,456 @@
+"""The command line: `hbmeta compare radon`, `hbmeta compare FILE.csv --group ... --y ...`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from hbmeta import __version__, inference, plots
+from hbmeta.comparison import Comparison, compare
+from hbmeta.errors import (
+    ConvergenceError,
+    CurvatureError,
+    DataError,
+    FileError,
+    HbmetaError,
+    UnsupportedModelError,
+)
+from hbmeta.files import atomic
+from hbmeta.fitted import Fitted
+from hbmeta.inference import Strategy
+from hbmeta.models import VaryingEffects
+from hbmeta.models.effect_priors import FAMILIES
+from hbmeta.tables import aligned
+from hbmeta.tasks import TaskSet, from_frame, load_radon
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  hbmeta compare radon --out results/radon
+  hbmeta compare schools.csv --group school --x age,sex --y score --varying intercept,age --json
+"""
+_INTERCEPT = "intercept"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy as the command line runs it, and its training steps."""
+
+    strategy: Strategy
+    steps: int = 1
+    task_prior: bool = True
+
+    def quick(self) -> Choice:
+        """A first look: a fifth of the work."""
+        if isinstance(self.strategy, inference.NUTS):
+            return replace(self, strategy=inference.NUTS(draws=300, warmup=300, chains=2))
+        return replace(self, steps=max(1, self.steps // 5))
+
+
+STRATEGIES = {
+    "nuts": Choice(inference.NUTS()),
+    "amortized": Choice(inference.AmortizedGuide(), steps=5000),
+    "maml": Choice(inference.MAML(steps=5, step_size=0.05), steps=2000),
+    "exact": Choice(inference.ExactLinear()),
+    "no_pooling": Choice(inference.NoPooling(), task_prior=False),
+    "complete_pooling": Choice(inference.CompletePooling(), task_prior=False),
+}
+"""What `--strategies` may name. The two without a task prior say nothing about its parameters."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments; those of the process by default.
+    Returns:
+        The exit status: 0, or 2 where the arguments, the data or the model cannot be used.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # --help and --version too
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        with _plain_warnings(), _one_thread():
+            _compare(arguments)
+    except HbmetaError as error:
+        print(f"hbmeta: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hbmeta: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hbmeta",
+        description="Fit one hierarchical model in several ways and see which of them to trust.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hbmeta {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "compare",
+        help="fit several approximations and compare them on held-out data",
+        description="Hold out points of known groups and whole new groups, fit, compare. With "
+        "nuts among the strategies, it is the reference that the others are judged against.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = _names
+    command.add_argument("data", metavar="radon|FILE.csv", help="the radon data, or a table")
+    table = command.add_argument_group("columns of the table")
+    table.add_argument("--group", metavar="COL", help="labels of the groups")
+    table.add_argument("--x", metavar="COL,...", type=names, default=[], help="inputs, if any")
+    table.add_argument("--y", metavar="COL", help="output")
+    table.add_argument(
+        "--standardise",
+        metavar="COL,...|all",
+        type=names,
+        default=[],
+        help="centre and scale these columns; all: every numeric input, and y where it is measured",
+    )
+    table.add_argument(
+        "--missing", choices=("raise", "drop"), default="raise", help="rows with a missing value"
+    )
+    model = command.add_argument_group("model")
+    model.add_argument(
+        "--varying",
+        metavar="COL,...",
+        type=names,
+        default=[_INTERCEPT],
+        help="coefficients that vary between groups (default: intercept); the others are shared",
+    )
+    model.add_argument("--family", choices=FAMILIES, default="gaussian", help="of y (gaussian)")
+    model.add_argument("--offset", metavar="COL", help="log exposure, for poisson")
+    model.add_argument("--totals", metavar="COL", help="numbers of trials, for binomial")
+    split = command.add_argument_group("split")
+    split.add_argument(
+        "--groups", type=_amount, default=0.8, help="share or number of known groups (0.8)"
+    )
+    split.add_argument(
+        "--support", type=_amount, default=0.8, help="share or number of rows to fit on (0.8)"
+    )
+    split.add_argument(
+        "--new-support", type=_amount, default=3, help="rows to adapt to, of each new group (3)"
+    )
+    run = command.add_argument_group("run")
+    run.add_argument(
+        "--strategies",
+        metavar="NAME,...",
+        type=names,
+        default=list(STRATEGIES),
+        help=f"which to fit, of {', '.join(STRATEGIES)} (all)",
+    )
+    run.add_argument("--seed", type=int, default=0, help="of the split and of every fit (0)")
+    run.add_argument("--quick", action="store_true", help="a fifth of the work, for a first look")
+    run.add_argument("--out", metavar="DIR", type=Path, help="folder for tables, draws, figures")
+    run.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    run.add_argument("--compile", default="auto", help=argparse.SUPPRESS)
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _amount(text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+# The command
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    choices = _choices(arguments)
+    data, model, labels = _radon(arguments) if arguments.data == "radon" else _table(arguments)
+    known, new = data.split(
+        groups=arguments.groups,
+        support=arguments.support,
+        new_support=arguments.new_support,
+        seed=arguments.seed,
+    )
+    # Both must hold something to judge by, before minutes are spent on fits.
+    _ = known.episode, new.episode
+    fits = fit_all(choices, model, known, seed=arguments.seed, compile=arguments.compile)
+    reference = "nuts" if "nuts" in fits else None
+    tables = {
+        "known": compare(fits, known, reference=reference, seed=arguments.seed),
+        "new": compare(fits, new, reference=reference, seed=arguments.seed),
+    }
+    level_one = {
+        name: estimates(fitted, labels, task_prior=choices[name].task_prior)
+        for name, fitted in fits.items()
+    }
+    if arguments.json:
+        found = {name: json.loads(table.to_json()) for name, table in tables.items()}
+        print(json.dumps({**found, "level_one": level_one}, ensure_ascii=False, allow_nan=False))
+    else:
+        print(_report(data, known, new, tables, level_one))
+    if arguments.out is not None:
+        _write(arguments.out, fits, tables, f"{model.varying[0]}, by {labels['group'][0]}")
+
+
+def fit_all(
+    choices: Mapping[str, Choice],
+    model: VaryingEffects,
+    known: TaskSet,
+    *,
+    seed: int,
+    compile: str = "auto",
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Fitted]:
+    """Fit each strategy; those that the model or the data do not suit are said and left out.
+
+    Args:
+        choices: strategies and their steps, by name.
+        model: the model of all of them.
+        known: the tasks to fit on.
+        seed: of every fit.
+        compile: as for `Strategy.fit`.
+        say: takes one line per strategy; by default standard error, where it is a terminal.
+    Raises:
+        DataError: the data cannot be used, or no strategy is left.
+    """
+    fits: dict[str, Fitted] = {}
+    show = say or (_to_terminal if sys.stderr.isatty() else lambda _: None)
+    for name, choice in choices.items():
+        start = time.perf_counter()
+        try:
+            fits[name] = choice.strategy.fit(
+                model, known, steps=choice.steps, seed=seed, compile=compile, progress=False
+            )
+        except (UnsupportedModelError, ConvergenceError, CurvatureError) as error:
+            print(f"hbmeta: {name} is left out. {error}", file=sys.stderr)
+            continue
+        show(f"{name}: fitted in {time.perf_counter() - start:.1f} s")
+    if not fits:
+        raise DataError(
+            "compare", needed="a strategy that can fit this", found="none", do="Add nuts."
+        )
+    return fits
+
+
+def estimates(
+    fitted: Fitted, labels: Mapping[str, Sequence[str]], *, task_prior: bool
+) -> dict[str, dict[str, float | None]]:
+    """Mean and sd of each coordinate of the level-1 sites; sd is None where θ is a point.
+
+    Args:
+        fitted: the fit.
+        labels: names of the coordinates, by site.
+        task_prior: False leaves out "mean" and "scale", which such a strategy does not estimate.
+    """
+    out: dict[str, dict[str, float | None]] = {}
+    for site, value in fitted.globals().items():
+        if site in ("mean", "scale") and not task_prior:
+            continue
+        draws = (value if fitted.drawn else value.unsqueeze(0)).double()
+        draws = draws.reshape(len(draws), -1)
+        names = labels.get(site, [str(i) for i in range(draws.shape[1])])
+        for index, column in enumerate(draws.T):
+            name = f"{site}[{names[index]}]" if value.dim() > int(fitted.drawn) else site
+            sd = float(column.std()) if fitted.drawn and len(column) > 1 else None
+            out[name] = {"mean": float(column.mean()), "sd": sd}
+    return out
+
+
+def _choices(arguments: argparse.Namespace) -> dict[str, Choice]:
+    unknown = [name for name in arguments.strategies if name not in STRATEGIES]
+    if unknown or not arguments.strategies:
+        raise DataError(
+            "--strategies",
+            needed=f"names among {', '.join(STRATEGIES)}",
+            found=", ".join(map(repr, unknown)) or "none",
+            do="Separate them by commas.",
+        )
+    chosen = {name: STRATEGIES[name] for name in arguments.strategies}
+    return {n: c.quick() for n, c in chosen.items()} if arguments.quick else chosen
+
+
+# Where the data come from
+
+Source = tuple[TaskSet, VaryingEffects, dict[str, list[str]]]
+
+
+def _radon(arguments: argparse.Namespace) -> Source:
+    given = [name for name in ("group", "x", "y", "standardise") if getattr(arguments, name)]
+    if given or arguments.varying != [_INTERCEPT] or arguments.family != "gaussian":
+        raise DataError(
+            "radon",
+            needed="no options for columns or model, which are part of it",
+            found=", ".join(f"--{name}" for name in given) or "--varying or --family",
+            do="Leave them out, or name a CSV file.",
+        )
+    fixed, varying = ["floor", "log_uranium"], [_INTERCEPT]
+    model = VaryingEffects(fixed=fixed, varying=varying)
+    return load_radon(), model, _labels(model, "county")
+
+
+def _table(arguments: argparse.Namespace) -> Source:
+    for name in ("group", "y"):
+        if not getattr(arguments, name):
+            raise DataError(
+                f"--{name}", needed="a column of the table", found="none", do=f"Pass --{name} COL."
+            )
+    frame = _read(arguments.data)
+    special = [name for name in (arguments.offset, arguments.totals) if name]
+    inputs = arguments.x + [name for name in special if name not in arguments.x]
+    standardise: list[str] = arguments.standardise
+    if standardise == ["all"]:
+        measured = [arguments.y] if arguments.family in ("gaussian", "student_t") else []
+        columns = [name for name in inputs if name not in special] + measured
+        standardise = [name for name in columns if name in frame and _numeric(frame[name])]
+    data = from_frame(
+        frame,
+        group=arguments.group,
+        x=inputs,
+        y=arguments.y,
+        standardise=standardise,
+        missing=arguments.missing,
+    )
+    taken = {*arguments.varying, *special}
+    model = VaryingEffects(
+        fixed=[name for name in (_INTERCEPT, *data.features) if name not in taken],
+        varying=arguments.varying,
+        family=arguments.family,
+        offset=arguments.offset,
+        totals=arguments.totals,
+    )
+    return data, model, _labels(model, arguments.group)
+
+
+def _labels(model: VaryingEffects, group: str) -> dict[str, list[str]]:
+    varying, fixed = list(model.varying), list(model.fixed)
+    return {"mean": varying, "scale": varying, "fixed": fixed, "group": [group]}
+
+
+def _numeric(values: pd.Series) -> bool:
+    types = pd.api.types
+    return bool(types.is_numeric_dtype(values) and not types.is_bool_dtype(values))
+
+
+def _read(path: str) -> pd.DataFrame:
+    try:
+        # The fast parser of pandas loses the last digit of some numbers.
+        return pd.read_csv(path, float_precision="round_trip", encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+        found = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError(
+            path,
+            needed="a comma-separated table in UTF-8",
+            found=found,
+            do="Check the name and the content of the file.",
+        ) from error
+
+
+# What is printed and written
+
+
+def _report(
+    data: TaskSet,
+    known: TaskSet,
+    new: TaskSet,
+    tables: Mapping[str, Comparison],
+    level_one: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+) -> str:
+    most = int(new.support.counts.max())
+    parts = [
+        data.summary(),
+        f"HELD-OUT POINTS OF KNOWN GROUPS ({known.n_tasks} groups fitted on)\n{tables['known']}",
+        f"NEW GROUPS ({new.n_tasks}, adapted to at most {most} points each)\n{tables['new']}",
+        "LEVEL 1, in the units of the model (± standard deviation where θ was drawn; –: not "
+        "estimated)\n" + "\n".join(_level_one_table(level_one)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _level_one_table(
+    level_one: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+) -> list[str]:
+    names = list(dict.fromkeys(name for found in level_one.values() for name in found))
+    body = []
+    for fit, found in level_one.items():
+        cells = [fit]
+        for name in names:
+            if name not in found:
+                cells.append("–")
+                continue
+            mean, sd = found[name]["mean"], found[name]["sd"]
+            cells.append(f"{mean:.3g}" if sd is None else f"{mean:.3g} ± {sd:.2g}")
+        body.append(cells)
+    return aligned(["", *names], body)
+
+
+def _write(
+    folder: Path, fits: Mapping[str, Fitted], tables: Mapping[str, Comparison], label: str
+) -> None:
+    for name, table in tables.items():
+        table.to_json(folder / f"comparison_{name}.json")
+    if "nuts" in fits:
+        with atomic(folder / "posterior.nc") as path:
+            fits["nuts"].to_inference_data().to_netcdf(str(path))
+    pooled = {n: f.posterior for n, f in fits.items() if not n.endswith("pooling")}
+    figures = {"scores": plots.scores(tables["known"]), "scores_new": plots.scores(tables["new"])}
+    if pooled:
+        figures["forest"] = plots.forest(pooled, label=label)
+    if pooled and "no_pooling" in fits:
+        common = fits["complete_pooling"].posterior if "complete_pooling" in fits else None
+        figures["shrinkage"] = plots.shrinkage(
+            fits["no_pooling"].posterior, common, next(iter(pooled.values())), label=label
+        )
+    for name, figure in figures.items():
+        with atomic(folder / f"{name}.png") as path:
+            figure.savefig(path)
+
+
+def _to_terminal(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show the toolkit's warnings as one line each, and leave out those of packages under it."""
+
+    def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+        print(f"hbmeta: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models of this size run faster on one thread of torch; chains have processes of their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

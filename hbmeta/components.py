@@ -1,0 +1,144 @@
+"""The components of a predictive: likelihoods at draws of (θ, φ), or one exact Gaussian."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbmeta.densities import Density, Gaussian
+from hbmeta.likelihoods import seeded
+from hbmeta.problem import Problem, parameter_names
+from hbmeta.program import Batch, Theta
+from hbmeta.tasks import Tasks
+
+__all__ = ["LinearGaussian", "Mixture", "Particles", "linear_gaussian"]
+
+
+class Particles(NamedTuple):
+    """Draws of (θ, φ) with weights per task.
+
+    Attributes:
+        theta: θ; global sites carry a first axis of draws where `drawn`.
+        drawn: whether θ varies with the draw.
+        phi: (draws, tasks, phi_size), unconstrained.
+        log_weights: (draws, tasks), or None for equal weights.
+    """
+
+    theta: Theta
+    drawn: bool
+    phi: Tensor
+    log_weights: Tensor | None
+
+
+def _rows(problem: Problem, batch: Batch, values: Tensor) -> Tensor:
+    """(draws, *cells, ...) of the problem's layout as (draws, rows, ...)."""
+    return values if batch.task is not None else values[:, batch.mask]
+
+
+class Mixture:
+    """p(y | φ_s, θ_s) at flat rows, a chunk of draws at a time."""
+
+    def __init__(self, problem: Problem, particles: Particles, tasks: Tasks) -> None:
+        self.problem, self.particles = problem, particles
+        self.batch = problem.batch(tasks)
+        self.n_draws = particles.phi.shape[0]
+
+    def distribution(self, start: int, stop: int) -> Any:
+        """The likelihoods of draws start to stop, batch shape (stop - start, rows)."""
+        p = self.particles
+        names = {site.name for site in self.problem.sites.globals} if p.drawn else set()
+        theta = {k: v[start:stop] if k in names else v for k, v in p.theta.items()}
+        found = self.problem.particle_response(theta, p.drawn, p.phi[start:stop], self.batch)
+        if self.batch.task is not None:
+            return found
+        return _pick_cells(found, self.batch.mask)
+
+
+def _pick_cells(distribution: Any, mask: Tensor) -> Any:
+    """A distribution over (draws, tasks, points) restricted to the real cells, (draws, rows)."""
+    event_dims = 0
+    if isinstance(distribution, torch.distributions.Independent):
+        event_dims = distribution.reinterpreted_batch_ndims
+        distribution = distribution.base_dist
+    parameters = {n: getattr(distribution, n)[:, mask] for n in parameter_names(distribution)}
+    out = type(distribution)(**parameters, validate_args=False)
+    return out.to_event(event_dims) if event_dims else out
+
+
+class LinearGaussian:
+    """The exact predictive of y ~ Normal(a + A ε, s²), ε ~ N(0, I): one Normal per row."""
+
+    n_draws = 1
+
+    def __init__(self, mean: Tensor, columns: Tensor, noise: Tensor, tasks: Tasks) -> None:
+        self.mean, self.columns, self.noise, self.tasks = mean, columns, noise, tasks
+
+    def distribution(self, start: int, stop: int) -> Any:
+        """The predictive of every row, batch shape (1, rows)."""
+        variance = self.noise.square() + self.columns.square().sum(0)
+        return torch.distributions.Normal(
+            self.mean.unsqueeze(0), variance.sqrt().unsqueeze(0), validate_args=False
+        )
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        """(n, rows) draws, joint over the rows of a task: its rows share one ε."""
+        rows, size = self.mean.shape[0], self.columns.shape[0]
+        with seeded(seed, self.mean.device):
+            shared = torch.randn(n, self.tasks.n_tasks, size, dtype=torch.float64).to(self.mean)
+            own = torch.randn(n, rows, dtype=torch.float64).to(self.mean)
+        effect = torch.einsum("snk,kn->sn", shared[:, self.tasks.task], self.columns)
+        return self.mean + effect + self.noise * own
+
+    def joint(self, y: Tensor) -> Tensor:
+        """(tasks,) log N(y_i; a_i, A_i A_iᵀ + s² I)."""
+        tasks = self.tasks
+        mask = tasks.mask
+        residual = torch.where(mask, tasks.pad(y - self.mean), 0.0)
+        columns = torch.where(mask.unsqueeze(-1), tasks.pad(self.columns.T), 0.0)
+        noise = torch.where(mask, tasks.pad(self.noise), 1.0)
+        # Rank phi_size: the determinant and the inverse of I + BᵀB with B = s⁻¹A instead of a
+        # points × points matrix (matrix determinant lemma, Woodbury).
+        b = columns / noise.unsqueeze(-1)
+        r = residual / noise
+        inner = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device) + b.mT @ b
+        factor = torch.linalg.cholesky(inner)
+        projected = torch.linalg.solve_triangular(factor, b.mT @ r.unsqueeze(-1), upper=False)
+        quadratic = r.square().sum(-1) - projected.squeeze(-1).square().sum(-1)
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 2 * noise.log().sum(-1)
+        constant = math.log(2 * math.pi) * mask.sum(-1).to(quadratic.dtype)
+        out: Tensor = -0.5 * (quadratic + log_det + constant)
+        return out
+
+
+def linear_gaussian(
+    problem: Problem, theta: Theta, density: Density, tasks: Tasks
+) -> LinearGaussian | None:
+    """The exact predictive where q is Gaussian and y Normal with a mean linear in φ, else None.
+
+    Linearity is tested, not declared: at the columns of L, at twice the first and at a random sum.
+    """
+    if not isinstance(density, Gaussian) or tasks.n_points == 0:
+        return None
+    size = density.loc.shape[-1]
+    tril = torch.diag_embed(density.scale) if density.diagonal else density.scale
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(size, generator=generator, dtype=torch.float64).to(tril)
+    steps = torch.cat([torch.zeros_like(mix)[None], torch.eye(size).to(tril), 3 * mix[None]])
+    phi = density.loc + torch.einsum("tij,sj->sti", tril, steps)
+    batch = problem.batch(tasks)
+    found = problem.particle_response(theta, False, phi, batch)
+    if type(found).__name__ != "Normal":
+        return None
+    mean, noise = (
+        _rows(problem, batch, v.expand(found.batch_shape)) for v in (found.loc, found.scale)
+    )
+    columns = mean[1:-1] - mean[0]
+    predicted = mean[0] + 3 * torch.einsum("s,sn->n", mix, columns)
+    scale = mean.abs().max() + 1e-12
+    tolerance = 1e-9 if mean.dtype == torch.float64 else 1e-5
+    linear = (mean[-1] - predicted).abs().max() <= tolerance * scale
+    constant = (noise - noise[0]).abs().max() <= tolerance * noise[0].abs().max()
+    return LinearGaussian(mean[0], columns, noise[0], tasks) if bool(linear & constant) else None
