@@ -7,32 +7,21 @@ import contextlib
 import json
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from hbmeta import __version__, inference, plots
+from hbmeta import __version__
 from hbmeta.comparison import Comparison, compare
-from hbmeta.errors import (
-    ConvergenceError,
-    CurvatureError,
-    DataError,
-    FileError,
-    HbmetaError,
-    UnsupportedModelError,
-)
-from hbmeta.files import atomic
-from hbmeta.fitted import Fitted
-from hbmeta.inference import Strategy
+from hbmeta.errors import DataError, FileError, HbmetaError
 from hbmeta.models import VaryingEffects
 from hbmeta.models.effect_priors import FAMILIES
-from hbmeta.tables import aligned
+from hbmeta.records import strict
+from hbmeta.study import STRATEGIES, Choice, Estimates, estimates, fit_all, level_one, write
 from hbmeta.tasks import TaskSet, from_frame, load_radon
 
 __all__ = ["main"]
@@ -42,32 +31,6 @@ _EXAMPLES = """examples:
   hbmeta compare schools.csv --group school --x age,sex --y score --varying intercept,age --json
 """
 _INTERCEPT = "intercept"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A strategy as the command line runs it, and its training steps."""
-
-    strategy: Strategy
-    steps: int = 1
-    task_prior: bool = True
-
-    def quick(self) -> Choice:
-        """A first look: a fifth of the work."""
-        if isinstance(self.strategy, inference.NUTS):
-            return replace(self, strategy=inference.NUTS(draws=300, warmup=300, chains=2))
-        return replace(self, steps=max(1, self.steps // 5))
-
-
-STRATEGIES = {
-    "nuts": Choice(inference.NUTS()),
-    "amortized": Choice(inference.AmortizedGuide(), steps=5000),
-    "maml": Choice(inference.MAML(steps=5, step_size=0.05), steps=2000),
-    "exact": Choice(inference.ExactLinear()),
-    "no_pooling": Choice(inference.NoPooling(), task_prior=False),
-    "complete_pooling": Choice(inference.CompletePooling(), task_prior=False),
-}
-"""What `--strategies` may name. The two without a task prior say nothing about its parameters."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,87 +154,24 @@ def _compare(arguments: argparse.Namespace) -> None:
     )
     # Both must hold something to judge by, before minutes are spent on fits.
     _ = known.episode, new.episode
-    fits = fit_all(choices, model, known, seed=arguments.seed, compile=arguments.compile)
+    fits = fit_all(choices, model, known, seed=arguments.seed, compile=arguments.compile, say=_say)
     reference = "nuts" if "nuts" in fits else None
     tables = {
         "known": compare(fits, known, reference=reference, seed=arguments.seed),
         "new": compare(fits, new, reference=reference, seed=arguments.seed),
     }
-    level_one = {
+    found = {
         name: estimates(fitted, labels, task_prior=choices[name].task_prior)
         for name, fitted in fits.items()
     }
     if arguments.json:
-        found = {name: json.loads(table.to_json()) for name, table in tables.items()}
-        print(json.dumps({**found, "level_one": level_one}, ensure_ascii=False, allow_nan=False))
+        content = {name: json.loads(table.to_json()) for name, table in tables.items()}
+        content["level_one"] = strict(found)
+        print(json.dumps(content, ensure_ascii=False, allow_nan=False))
     else:
-        print(_report(data, known, new, tables, level_one))
+        print(_report(data, known, new, tables, found))
     if arguments.out is not None:
-        _write(arguments.out, fits, tables, f"{model.varying[0]}, by {labels['group'][0]}")
-
-
-def fit_all(
-    choices: Mapping[str, Choice],
-    model: VaryingEffects,
-    known: TaskSet,
-    *,
-    seed: int,
-    compile: str = "auto",
-    say: Callable[[str], None] | None = None,
-) -> dict[str, Fitted]:
-    """Fit each strategy; those that the model or the data do not suit are said and left out.
-
-    Args:
-        choices: strategies and their steps, by name.
-        model: the model of all of them.
-        known: the tasks to fit on.
-        seed: of every fit.
-        compile: as for `Strategy.fit`.
-        say: takes one line per strategy; by default standard error, where it is a terminal.
-    Raises:
-        DataError: the data cannot be used, or no strategy is left.
-    """
-    fits: dict[str, Fitted] = {}
-    show = say or (_to_terminal if sys.stderr.isatty() else lambda _: None)
-    for name, choice in choices.items():
-        start = time.perf_counter()
-        try:
-            fits[name] = choice.strategy.fit(
-                model, known, steps=choice.steps, seed=seed, compile=compile, progress=False
-            )
-        except (UnsupportedModelError, ConvergenceError, CurvatureError) as error:
-            print(f"hbmeta: {name} is left out. {error}", file=sys.stderr)
-            continue
-        show(f"{name}: fitted in {time.perf_counter() - start:.1f} s")
-    if not fits:
-        raise DataError(
-            "compare", needed="a strategy that can fit this", found="none", do="Add nuts."
-        )
-    return fits
-
-
-def estimates(
-    fitted: Fitted, labels: Mapping[str, Sequence[str]], *, task_prior: bool
-) -> dict[str, dict[str, float | None]]:
-    """Mean and sd of each coordinate of the level-1 sites; sd is None where θ is a point.
-
-    Args:
-        fitted: the fit.
-        labels: names of the coordinates, by site.
-        task_prior: False leaves out "mean" and "scale", which such a strategy does not estimate.
-    """
-    out: dict[str, dict[str, float | None]] = {}
-    for site, value in fitted.globals().items():
-        if site in ("mean", "scale") and not task_prior:
-            continue
-        draws = (value if fitted.drawn else value.unsqueeze(0)).double()
-        draws = draws.reshape(len(draws), -1)
-        names = labels.get(site, [str(i) for i in range(draws.shape[1])])
-        for index, column in enumerate(draws.T):
-            name = f"{site}[{names[index]}]" if value.dim() > int(fitted.drawn) else site
-            sd = float(column.std()) if fitted.drawn and len(column) > 1 else None
-            out[name] = {"mean": float(column.mean()), "sd": sd}
-    return out
+        write(arguments.out, fits, tables, f"{model.varying[0]}, by {labels['group'][0]}")
 
 
 def _choices(arguments: argparse.Namespace) -> dict[str, Choice]:
@@ -293,7 +193,11 @@ Source = tuple[TaskSet, VaryingEffects, dict[str, list[str]]]
 
 
 def _radon(arguments: argparse.Namespace) -> Source:
-    given = [name for name in ("group", "x", "y", "standardise") if getattr(arguments, name)]
+    given = [
+        name
+        for name in ("group", "x", "y", "standardise", "offset", "totals")
+        if getattr(arguments, name)
+    ]
     if given or arguments.varying != [_INTERCEPT] or arguments.family != "gaussian":
         raise DataError(
             "radon",
@@ -371,60 +275,23 @@ def _report(
     known: TaskSet,
     new: TaskSet,
     tables: Mapping[str, Comparison],
-    level_one: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+    found: Mapping[str, Estimates],
 ) -> str:
+    summary = [line for line in data.summary().splitlines() if not line.startswith("not split")]
     most = int(new.support.counts.max())
     parts = [
-        data.summary(),
+        "\n".join(summary),
         f"HELD-OUT POINTS OF KNOWN GROUPS ({known.n_tasks} groups fitted on)\n{tables['known']}",
         f"NEW GROUPS ({new.n_tasks}, adapted to at most {most} points each)\n{tables['new']}",
-        "LEVEL 1, in the units of the model (± standard deviation where θ was drawn; –: not "
-        "estimated)\n" + "\n".join(_level_one_table(level_one)),
+        "LEVEL 1, in the units of the model (± sd where θ was drawn; – where not estimated)",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + "\n" + "\n".join(level_one(found))
 
 
-def _level_one_table(
-    level_one: Mapping[str, Mapping[str, Mapping[str, float | None]]],
-) -> list[str]:
-    names = list(dict.fromkeys(name for found in level_one.values() for name in found))
-    body = []
-    for fit, found in level_one.items():
-        cells = [fit]
-        for name in names:
-            if name not in found:
-                cells.append("–")
-                continue
-            mean, sd = found[name]["mean"], found[name]["sd"]
-            cells.append(f"{mean:.3g}" if sd is None else f"{mean:.3g} ± {sd:.2g}")
-        body.append(cells)
-    return aligned(["", *names], body)
-
-
-def _write(
-    folder: Path, fits: Mapping[str, Fitted], tables: Mapping[str, Comparison], label: str
-) -> None:
-    for name, table in tables.items():
-        table.to_json(folder / f"comparison_{name}.json")
-    if "nuts" in fits:
-        with atomic(folder / "posterior.nc") as path:
-            fits["nuts"].to_inference_data().to_netcdf(str(path))
-    pooled = {n: f.posterior for n, f in fits.items() if not n.endswith("pooling")}
-    figures = {"scores": plots.scores(tables["known"]), "scores_new": plots.scores(tables["new"])}
-    if pooled:
-        figures["forest"] = plots.forest(pooled, label=label)
-    if pooled and "no_pooling" in fits:
-        common = fits["complete_pooling"].posterior if "complete_pooling" in fits else None
-        figures["shrinkage"] = plots.shrinkage(
-            fits["no_pooling"].posterior, common, next(iter(pooled.values())), label=label
-        )
-    for name, figure in figures.items():
-        with atomic(folder / f"{name}.png") as path:
-            figure.savefig(path)
-
-
-def _to_terminal(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say(line: str) -> None:
+    """Progress, for a person who watches."""
+    if sys.stderr.isatty():
+        print(f"hbmeta: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

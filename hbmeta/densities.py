@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hbmeta.errors import UnsupportedModelError
+from hbmeta.triangular import solve_lower
 
 __all__ = ["Delta", "Density", "Empirical", "Gaussian", "equal_draws"]
 
@@ -29,10 +30,12 @@ class Delta:
 
     @property
     def mean(self) -> Tensor:
+        """(tasks, phi_size)."""
         return self.loc
 
     @property
     def sd(self) -> Tensor:
+        """(tasks, phi_size) of zeros."""
         return torch.zeros_like(self.loc)
 
     def log_prob(self, phi: Tensor) -> Tensor:
@@ -55,7 +58,8 @@ class Gaussian:
 
     Attributes:
         loc: (tasks, phi_size).
-        scale: (tasks, phi_size) standard deviations, or L (tasks, phi_size, phi_size) lower-triangular.
+        scale: (tasks, phi_size) standard deviations, or lower-triangular L (tasks, phi_size,
+            phi_size).
     """
 
     loc: Tensor
@@ -63,6 +67,7 @@ class Gaussian:
 
     @property
     def diagonal(self) -> bool:
+        """Whether `scale` holds standard deviations."""
         return self.scale.ndim == self.loc.ndim
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -78,20 +83,19 @@ class Gaussian:
             whitened = difference / self.scale
             log_det = self.scale.log().sum(-1)
         else:
-            solved = torch.linalg.solve_triangular(
-                self.scale, difference.unsqueeze(-1), upper=False
-            )
-            whitened = solved.squeeze(-1)
+            whitened = solve_lower(self.scale, difference)
             log_det = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         size = self.loc.shape[-1]
         return -0.5 * whitened.square().sum(-1) - log_det - 0.5 * size * math.log(2 * math.pi)
 
     @property
     def mean(self) -> Tensor:
+        """(tasks, phi_size)."""
         return self.loc
 
     @property
     def sd(self) -> Tensor:
+        """(tasks, phi_size)."""
         return self.scale if self.diagonal else self.scale.square().sum(-1).sqrt()
 
     @property
@@ -131,10 +135,12 @@ class Empirical:
 
     @property
     def mean(self) -> Tensor:
+        """(tasks, phi_size), weighted."""
         return (self.weights.unsqueeze(-1) * self.phi).sum(0)
 
     @property
     def sd(self) -> Tensor:
+        """(tasks, phi_size), weighted."""
         spread = self.weights.unsqueeze(-1) * (self.phi - self.mean).square()
         return spread.sum(0).sqrt()
 

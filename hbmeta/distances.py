@@ -21,18 +21,26 @@ from hbmeta.fitted import Fitted
 from hbmeta.posterior import TaskPosterior
 from hbmeta.tasks import Tasks
 
-__all__ = ["Distance", "Moments", "distance_between", "given_theta", "moments_of", "shared_sites"]
+__all__ = [
+    "Distance",
+    "Moments",
+    "constant_within",
+    "distance_between",
+    "given_theta",
+    "moments_of",
+    "shared_sites",
+]
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 """Mean and sd (tasks, *shape) of local sites by name."""
 
-MEAN_LIMIT = 0.1
+MEAN_LIMIT: float = 0.1
 """Largest mean |d| of a posterior that counts as close."""
-TASK_LIMIT = 0.3
+TASK_LIMIT: float = 0.3
 """Largest |d| of one coordinate of one task that counts as close."""
-SD_LIMITS = (0.75, 1.33)
+SD_LIMITS: tuple[float, float] = (0.75, 1.33)
 """Range of r that counts as close."""
-SHARE_LIMIT = 0.9
+SHARE_LIMIT: float = 0.9
 """Share of coordinates and tasks that must be close."""
 
 
@@ -133,3 +141,17 @@ def given_theta(
     posterior = TaskPosterior(problem, fitted.theta, density, tasks, units=fitted.units)
     fewest = float(info["effective_draws"].min())
     return posterior, f"{fewest:.0f} effective draws" if fewest < 100 else ""
+
+
+def constant_within(tasks: Tasks) -> tuple[str, ...]:
+    """Columns of x that differ between tasks and never within one, such as a group's own predictor.
+
+    The coefficient of such a column is not identified when each task is fitted alone.
+    """
+    found = []
+    for index, name in enumerate(tasks.features):
+        column = tasks.flat_x[:, index]
+        first = column[tasks.offsets.clamp_max(max(tasks.n_points - 1, 0))][tasks.task]
+        if bool((column == first).all()) and bool((column != column[:1]).any()):
+            found.append(name)
+    return tuple(found)

@@ -68,7 +68,6 @@ class Feed:
         self.tasks_per_step, self.seed = tasks_per_step, seed
         self.device, self.dtype = device, dtype
         self.is_source = not isinstance(data, (TaskSet, Episode, Tasks))
-        self._widest = 0
         if self.is_source:
             self.n_tasks: int | None = None
             return
@@ -81,7 +80,7 @@ class Feed:
             # Rows of the union come support first in each task, so the cut is a comparison of ranks.
             rank = (
                 torch.arange(tasks.n_points, device=device)
-                - tasks.offsets[:-1].to(device)[tasks.task]
+                - tasks.offsets.to(device)[tasks.task]
             )
             is_support = rank < data.support.counts.to(device)[tasks.task]
             self.given = is_support if layout == "flat" else tasks.pad(is_support) & tasks.mask

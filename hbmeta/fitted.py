@@ -1,4 +1,4 @@
-"""What `fit` returns: a strategy with its θ, ready for new tasks, for predictions and for a file."""
+"""What `fit` returns: a strategy with its θ, ready for new tasks, data frames and files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class Fitted:
 
     def __repr__(self) -> str:
         kind = "draws" if self.drawn else "point"
-        return f"Fitted({self.strategy!r}, theta={kind}, tasks={self.tasks.n_tasks}, seconds={self.seconds.fit:.1f})"
+        tasks, seconds = self.tasks.n_tasks, self.seconds.fit
+        return f"Fitted({self.strategy!r}, theta={kind}, tasks={tasks}, seconds={seconds:.1f})"
 
     @property
     def units(self) -> Units:
@@ -87,7 +88,7 @@ class Fitted:
 
     @property
     def posterior(self) -> TaskPosterior:
-        """The posterior of the tasks that were fitted on, as the fit left it; by id with `select`."""
+        """The posterior of the tasks fitted on, as the fit left it; by id with `select`."""
         if "fit" not in self._cache:
             if self.density is None:
                 self._cache["fit"] = self.adapt(self.tasks)
@@ -121,7 +122,7 @@ class Fitted:
         return strategy.adapt(self, tasks, seed)
 
     def posterior_of(self, support: Tasks) -> TaskPosterior:
-        """The posterior of the fit where these tasks with these data were fitted on, else `adapt`."""
+        """The posterior of the fit where it saw these tasks with these data, else `adapt`."""
         known = set(self.tasks.ids)
         if all(i in known for i in support.ids) and support.same_data(
             self.tasks.select(support.ids)
@@ -170,7 +171,7 @@ class Fitted:
         return predict_frame(self, frame, support, interval, seed)
 
     def to_inference_data(self, *, draws: int = 1000, seed: int = 0) -> arviz.InferenceData:
-        """ArviZ: global sites and the local sites of the tasks fitted on, with log-likelihood and data.
+        """ArviZ: global sites, local sites of the tasks fitted on, log-likelihood and data.
 
         Args:
             draws: draws of a Gaussian posterior; chains come whole.
@@ -312,6 +313,18 @@ def fitted_from_file(
         seconds = Seconds(*header["seconds"])
         info = {**header["info"], **group("info/")}
     return Fitted(
-        strategy, model, problem, theta, header["drawn"], own, tasks, density, tuple(header["history"]),
-        info, schema, header["seed"], seconds, header["chains"],
-    )  # fmt: skip
+        strategy=strategy,
+        model=model,
+        problem=problem,
+        theta=theta,
+        drawn=header["drawn"],
+        own=own,
+        tasks=tasks,
+        density=density,
+        history=tuple(header["history"]),
+        info=info,
+        schema=schema,
+        seed=header["seed"],
+        seconds=seconds,
+        chains=header["chains"],
+    )

@@ -44,7 +44,8 @@ def predict_frame(
     encoded = schema.encode(frame)
     inputs = encoded.tasks
     _refuse_other_type(inputs.ids, known)
-    rows_of = dict(zip(inputs.ids, np.split(encoded.rows, inputs.offsets[1:].cpu()), strict=True))
+    places_of = np.split(encoded.rows, inputs.offsets[1:].tolist())
+    rows_of = dict(zip(inputs.ids, places_of, strict=True))
     status = np.full(len(frame), None, dtype=object)
     numbers = np.full((len(frame), 4), np.nan)
 
@@ -120,7 +121,7 @@ def _observed(schema: Schema, support: pd.DataFrame | None, known: set[Any]) -> 
     refit = [label for label in observed.ids if label in known]
     if refit:
         # Draws of θ that saw a group's first rows would count them twice in p(S ∪ S_new | θ).
-        others = f" (and of {len(refit) - 1} more such groups)" if len(refit) > 1 else ""
+        others = f" (and of {len(refit) - 1} more)" if len(refit) > 1 else ""
         raise DataError(
             _WHERE,
             needed="support rows of new groups only",

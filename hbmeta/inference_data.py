@@ -221,12 +221,14 @@ class _Builder:
     ) -> Any:
         support = self.posterior.support
         dataset = arviz.dict_to_dataset(
-            dict(values),
+            {name: value for name, value in values.items() if value.ndim},
             attrs=dict(attributes),
             coords={**self.coords, "feature": list(support.features)},
             dims={**self.dims, "x": ["obs", "feature"]},
             default_dims=["chain", "draw"] if sampled else [],
         )
+        # Of a number ArviZ would make a vector of one.
+        dataset = dataset.assign({k: ((), value) for k, value in values.items() if not value.ndim})
         if "obs" not in dataset.dims:
             return dataset
         task = support.task.cpu().numpy()

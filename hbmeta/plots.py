@@ -6,12 +6,10 @@ save one: `with hbmeta.files.atomic("forest.png") as path: figure.savefig(path)`
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ParamSpec
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,63 +17,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from hbmeta.distances import constant_within
 from hbmeta.errors import DataError
 from hbmeta.fitted import Fitted
 from hbmeta.posterior import TaskPosterior
 from hbmeta.records import Comparison
 from hbmeta.scores import weighted_quantile
+from hbmeta.styles import GREY, STYLES, styled, styles_of
 
 __all__ = ["forest", "loss", "scores", "shrinkage"]
 
-# Okabe and Ito's colours, which people with any common colour blindness tell apart. Names that
-# begin like these keep their colour and marker in every figure; others take the spare ones.
-_STYLES = {
-    "nuts": ("#000000", "o"),
-    "amortized": ("#0072B2", "s"),
-    "maml": ("#D55E00", "D"),
-    "exact": ("#009E73", "^"),
-    "nopooling": ("#999999", "v"),
-    "completepooling": ("#CC79A7", "X"),
-}
-_SPARE = (("#E69F00", "P"), ("#56B4E9", "<"), ("#B79F00", ">"), ("#7A4FA3", "p"), ("#8C564B", "h"))
-
-_SETTINGS: Any = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "figure.dpi": 200,
-    "axes.unicode_minus": True,
-}
-_GREY = "#BBBBBB"
 _ROWS_PER_COLUMN = 45
 
-Parameters = ParamSpec("Parameters")
 Floats = npt.NDArray[np.float64]
 
 
-def _styled(function: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
-    """Draw with the settings above, and leave the caller's as they were."""
-
-    @functools.wraps(function)
-    def draw(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
-        with mpl.rc_context(_SETTINGS):
-            figure = function(*args, **kwargs)
-            figure.draw_without_rendering()  # ticks take their settings when they are first drawn
-            return figure
-
-    return draw
-
-
-@_styled
+@styled
 def forest(
     posteriors: Mapping[str, TaskPosterior],
     site: str | None = None,
@@ -129,7 +86,7 @@ def forest(
         figsize=(3.6 * n_columns + 0.4, row_height * per_column + 1.0), layout="constrained"
     )
     axes = figure.subplots(1, n_columns, sharex=True, squeeze=False)[0]
-    styles = _styles(posteriors)
+    styles = styles_of(posteriors)
     for column, axis in enumerate(axes):
         # The last task of the order stands at the top of the first column.
         rows = order[::-1][column * per_column : (column + 1) * per_column]
@@ -161,7 +118,7 @@ def forest(
     return figure
 
 
-@_styled
+@styled
 def shrinkage(
     no_pooling: TaskPosterior,
     complete_pooling: TaskPosterior | None,
@@ -177,7 +134,8 @@ def shrinkage(
     """How far pooling moves the estimate of each task, against its number of support points.
 
     A thin line leads from each task's own estimate to the partially pooled one. Tasks of the same
-    size are set side by side. Tasks without support are left out.
+    size are set side by side. Tasks without support are left out. The legend names columns that are
+    constant within tasks, whose effect a task's own estimate includes.
 
     Args:
         no_pooling: each task alone (`NoPooling`).
@@ -212,12 +170,12 @@ def shrinkage(
     x = _side_by_side(counts[used], mean[used])
     figure = Figure(figsize=(6.0, 3.4), layout="constrained")
     axis = figure.subplots()
-    axis.vlines(x, mean[used], alone[used], color=_GREY, lw=0.5, zorder=1)
-    grey, _ = _STYLES["nopooling"]
-    axis.plot(
-        x, alone[used], "o", mfc="white", mec=grey, mew=0.7, ms=3.2, label="no pooling", zorder=2
-    )
-    blue, _ = _STYLES["amortized"]
+    axis.vlines(x, mean[used], alone[used], color=GREY, lw=0.5, zorder=1)
+    absorbed = constant_within(pooled.support)
+    own = "no pooling" + (f" (absorbs {', '.join(absorbed)})" if absorbed else "")
+    grey, _ = STYLES["nopooling"]
+    axis.plot(x, alone[used], "o", mfc="white", mec=grey, mew=0.7, ms=3.2, label=own, zorder=2)
+    blue, _ = STYLES["amortized"]
     axis.vlines(x, low[used], high[used], color=blue, lw=0.8, alpha=0.6, zorder=3)
     text = (
         f"partial pooling, {100 * interval:g} % interval"
@@ -227,7 +185,7 @@ def shrinkage(
     axis.plot(x, mean[used], "o", color=blue, ms=2.8, mew=0, label=text, zorder=4)
     if complete_pooling is not None:
         same = _summary(complete_pooling, site, coordinate, interval, draws, seed)[0].mean()
-        colour, _ = _STYLES["completepooling"]
+        colour, _ = STYLES["completepooling"]
         axis.axhline(same, color=colour, lw=1.0, ls=(0, (4, 2)), label="complete pooling", zorder=1)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -239,14 +197,14 @@ def shrinkage(
     return figure
 
 
-@_styled
+@styled
 def scores(comparison: Comparison) -> Figure:
     """NLL, its paired difference and the distance to the reference, by fit; bars are ± 1 s.e."""
     rows = comparison.rows
     panels = 2 + any(row.distance is not None for row in rows)
     figure = Figure(figsize=(2.5 * panels + 0.6, 0.24 * len(rows) + 1.1), layout="constrained")
     axes = figure.subplots(1, panels, sharey=True)
-    styles = _styles([row.name for row in rows])
+    styles = styles_of([row.name for row in rows])
     place = np.arange(len(rows))[::-1]
     for y, row in zip(place, rows, strict=True):
         colour, marker = styles[row.name]
@@ -259,7 +217,7 @@ def scores(comparison: Comparison) -> Figure:
         if row.distance_given_theta is not None and panels == 3:
             d = row.distance_given_theta.mean_difference
             axes[2].plot(d, y, marker, mfc="white", mec=colour, mew=0.8, ms=4, zorder=2)
-    axes[1].axvline(0.0, color=_GREY, lw=0.8, zorder=0)
+    axes[1].axvline(0.0, color=GREY, lw=0.8, zorder=0)
     axes[0].set_xlabel("NLL per held-out point (nats)")
     axes[1].set_xlabel(f"NLL − NLL of {comparison.baseline}")
     if panels == 3:
@@ -282,7 +240,7 @@ def scores(comparison: Comparison) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def loss(fitted: Fitted, window: int | None = None) -> Figure:
     """The training loss of each step and its running mean.
 
@@ -309,7 +267,7 @@ def loss(fitted: Fitted, window: int | None = None) -> Figure:
     steps = np.arange(1, len(history) + 1)
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     axis = figure.subplots()
-    colour = _styles([fitted.strategy.name])[fitted.strategy.name][0]
+    colour = styles_of([fitted.strategy.name])[fitted.strategy.name][0]
     axis.plot(steps, history, color=colour, lw=0.4, alpha=0.35, label="each step")
     # The mean stands at the last step that it looks at.
     axis.plot(steps[width - 1 :], mean, color=colour, lw=1.2, label=f"mean of {width} steps")
@@ -321,9 +279,8 @@ def loss(fitted: Fitted, window: int | None = None) -> Figure:
     high = min(float(history.max()), float(settled.max()) + spread)
     axis.set_ylim(low - 0.1 * spread, high + 0.1 * spread)
     axis.set_xlabel("training step")
-    axis.set_ylabel("training loss per task (nats)")
-    axis.set_title(fitted.strategy.name, loc="left")
-    axis.legend(loc="upper right")
+    axis.set_ylabel("training loss, mean over tasks (nats)")
+    figure.legend(loc="outside upper center", ncols=2, title=fitted.strategy.name)
     return figure
 
 
@@ -331,20 +288,6 @@ def _dot(axis: Axes, x: float, y: float, error: float, colour: str, marker: str)
     if math.isfinite(error):
         axis.hlines(y, x - error, x + error, color=colour, lw=1.0)
     axis.plot(x, y, marker, color=colour, ms=4, mew=0, zorder=3)
-
-
-def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker per name, the same in every figure for the names of _STYLES."""
-    out: dict[str, tuple[str, str]] = {}
-    spare = 0
-    for name in names:
-        plain = "".join(c for c in name.lower() if c.isalnum())
-        known = next((style for key, style in _STYLES.items() if plain.startswith(key)), None)
-        if known is None or known in out.values():
-            known = _SPARE[spare % len(_SPARE)]
-            spare += 1
-        out[name] = known
-    return out
 
 
 def _site(posteriors: Iterable[TaskPosterior], site: str | None, where: str) -> str:

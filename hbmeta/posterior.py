@@ -91,7 +91,7 @@ class TaskPosterior:
         )
 
     def particles(self, draws: int = 1000, seed: int = 0) -> Particles:
-        """Draws of (θ, φ): at most `draws` stored ones, evenly thinned, or fresh ones of a Gaussian."""
+        """At most `draws` stored draws of (θ, φ), evenly thinned, or fresh ones of a Gaussian."""
         density = self.density
         if isinstance(density, Delta):
             return Particles(self.theta, False, density.loc.unsqueeze(0), None)
@@ -111,7 +111,7 @@ class TaskPosterior:
         return {k: v[kept] if k in names else v for k, v in self.theta.items()}
 
     def values(self, draws: int = 1000, seed: int = 0) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Constrained local sites (draws, tasks, *shape), latent and deterministic, and their weights."""
+        """Constrained local and deterministic sites (draws, tasks, *shape), and their weights."""
         particles = self.particles(draws, seed)
         batch = self.problem.batch(self.support)
         found = self.problem.particle_values(particles.theta, particles.drawn, particles.phi, batch)
@@ -140,7 +140,8 @@ class TaskPosterior:
             return particles.phi.new_zeros(particles.phi.shape[0], 0), particles.log_weights
         batch = self.problem.batch(self.support)
         found = self.problem.particle_cells(particles.theta, particles.drawn, particles.phi, batch)
-        return _rows(self.problem, batch, found), particles.log_weights
+        rows = found if batch.task is not None else self.support.unpad(found, dim=1)
+        return rows, particles.log_weights
 
     def sample(self, n: int, seed: int = 0) -> dict[str, Tensor]:
         """n draws of every local site, constrained, (n, tasks, *shape), with equal weights.
@@ -183,7 +184,7 @@ class TaskPosterior:
         return out
 
     def log_prob(self, phi: Mapping[str, Tensor]) -> Tensor:
-        """log q(φ) (..., tasks) at constrained local sites (..., tasks, *shape), as `sample` gives them.
+        """log q(φ) (..., tasks) at constrained local sites (..., tasks, *shape), as of `sample`.
 
         Raises:
             UnsupportedModelError: q is a point or a set of draws and has no density.
@@ -235,7 +236,7 @@ class TaskPosterior:
             raise UnsupportedModelError(
                 "TaskPosterior.kl",
                 needed=f"the same local sites {[s.name for s in self.problem.sites.locals]}",
-                found=f"{[s.name for s in other.problem.sites.locals]}, or other shapes or families",
+                found=f"{[s.name for s in other.problem.sites.locals]}, or other shapes",
                 do="Compare posteriors of one program.",
             )
         a, b = self.density, other.density
@@ -269,8 +270,8 @@ class TaskPosterior:
         if tasks.ids != self.ids or tasks.features != self.support.features:
             raise DataError(
                 "predict",
-                needed=f"inputs of these {len(self.ids)} tasks with features {self.support.features}",
-                found=f"{len(tasks.ids)} tasks with features {tasks.features}",
+                needed=f"inputs of these {len(self.ids)} tasks, features {self.support.features}",
+                found=f"{len(tasks.ids)} tasks, features {tasks.features}",
                 do="Use posterior.select(ids), and the columns of the fit in their order.",
             )
         tasks = tasks.to(device=self.problem.device, dtype=self.problem.dtype)
@@ -283,7 +284,7 @@ class TaskPosterior:
         return Predictive(mixture, tasks, log_weights=particles.log_weights, **units)  # type: ignore[arg-type]
 
     def to_inference_data(self, draws: int = 1000, seed: int = 0) -> arviz.InferenceData:
-        """ArviZ groups posterior, log_likelihood, observed_data and constant_data, dims by plate."""
+        """ArviZ groups posterior, log_likelihood, observed_data, constant_data; dims by plate."""
         from hbmeta.inference_data import posterior_to_inference_data
 
         return posterior_to_inference_data(self, draws=draws, seed=seed)

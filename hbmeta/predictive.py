@@ -230,7 +230,7 @@ class Predictive:
         else:
             with torch.no_grad():
                 found = self._joint(rows).double()
-        return found - volume * self.tasks.counts
+        return found - volume * self.tasks.counts.double()
 
     def cdf(self, y: Any) -> Tensor:
         """P(Y ≤ y) per row, shaped as y; uniform over rows where predictions are calibrated.

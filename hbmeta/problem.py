@@ -8,6 +8,7 @@ Densities are those of unconstrained space, Jacobian kept. No method changes any
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ class Problem:
 
     Args:
         program: a `HierarchicalModel` or any Pyro program of the convention.
-        tasks: data to read the sites from; one row of it is kept, to stand in where no task has any.
+        tasks: data to read the sites from; one row is kept, to stand in where no task has any.
         layout: "nested" or "flat"; by default the cheaper one that the program offers.
     Raises:
         ProgramError, DataError: the program breaks the convention, or y is outside its support.
@@ -178,6 +179,27 @@ class Problem:
         """(tasks,) log p(Q | S, φ, θ); rows are independent given φ, so S does not enter."""
         return self.log_likelihood(theta, phi, query)
 
+    @functools.cached_property
+    def diagonal_prior(self) -> bool:
+        """Whether the coordinates of φ are independent given θ, found from one Hessian."""
+        x, y = self._row
+        batch = self.batch(Tasks.from_flat(x, y, torch.zeros_like(x[:, 0], dtype=torch.int64), 1))
+        generator = torch.Generator().manual_seed(0)
+
+        def moved(value: Tensor) -> Tensor:
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            return value + 0.1 * noise.to(value)
+
+        theta = {name: moved(value) for name, value in self.theta(batch).items()}
+        with torch.no_grad():
+            phi = moved(self.location(theta, batch))
+        with torch.enable_grad():
+            hessian = torch.autograd.functional.hessian(
+                lambda p: self.log_task_prior(theta, p, batch).sum(), phi
+            )[0, :, 0, :]
+        off = hessian - torch.diag(hessian.diagonal())
+        return bool((off.abs() <= 1e-9 * hessian.abs().max().clamp_min(1e-12)).all())
+
     def values(
         self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch
     ) -> dict[str, Tensor]:
@@ -281,10 +303,8 @@ def parameter_names(base: Any) -> tuple[str, ...]:
         names.discard("probs")
     if "scale_tril" in names:
         names -= {"covariance_matrix", "precision_matrix"}
-    if (
-        not names
-        or (isinstance(base, torch.distributions.TransformedDistribution)
-        and not hasattr(base, "loc"))
+    if not names or (
+        isinstance(base, torch.distributions.TransformedDistribution) and not hasattr(base, "loc")
     ):
         raise UnsupportedModelError(
             f"predictions of {type(base).__name__}",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from hbmeta.tables import aligned, digits_for, plus_minus
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Comparison", "Row", "Score", "versions"]
+__all__ = ["Comparison", "Row", "Score", "strict", "versions"]
 
 LABELS = {"nll": "NLL", "joint_nll": "joint NLL", "rmse": "RMSE", "crps": "CRPS"}
 """Scores of which less is better, and what they are called in print."""
@@ -139,19 +140,12 @@ class Comparison:
             return f"No fit has a posterior that can be compared to that of {self.reference}."
         if self.flags:
             return f"No verdict: {self.reference} is flagged, so closeness to it means little."
-        close = [r.name for r in judged if r.distance is not None and r.distance.close]
-        means = [
-            r.name
-            for r in judged
-            if r.distance is not None and r.distance.close_in_mean and not r.distance.close
-        ]
-        rest = [r.name for r in judged if r.name not in close + means]
-        parts = [f"Close to {self.reference}: {', '.join(close) or 'none'}"]
-        if means:
-            parts.append(f"close in the mean but not in the spread: {', '.join(means)}")
-        if rest:
-            parts.append(f"not: {', '.join(rest)}")
-        return "; ".join(parts) + "."
+        groups: dict[str, list[str]] = {f"Close to {self.reference}": []}
+        for row in judged:
+            groups.setdefault(_judgement(row.distance, self.reference), []).append(row.name)
+        parts = [f"{text}: {', '.join(names) or 'none'}" for text, names in groups.items()]
+        order = sorted(parts, key=lambda part: part.startswith("not:"))
+        return "; ".join(order) + "."
 
     def __str__(self) -> str:
         lines = [self._heading(), ""]
@@ -165,17 +159,17 @@ class Comparison:
         else:
             lines += [""]
         lines += aligned(*self._distance_cells())
-        lines += ["", *(f"Flag: {self.reference}: {flag}" for flag in self.flags)]
-        lines += [f"Note: {note}." for note in self.notes]
-        lines += [self.verdict()]
-        if any(row.distance is not None for row in self.rows):
-            lines += [f"({RULE})"]
+        remarks = [f"Flag: {self.reference}: {flag}" for flag in self.flags]
+        remarks += [f"Note: {note}." for note in self.notes]
+        remarks += [self.verdict()]
+        remarks += [f"({RULE})"] if any(row.distance for row in self.rows) else []
+        lines += ["", *(textwrap.fill(text, 104, subsequent_indent="  ") for text in remarks)]
         return "\n".join(lines)
 
     def _heading(self) -> str:
         out = f"{len(self.ids)} tasks, {sum(self.points)} held-out points"
         if self.without_query:
-            out += f" ({len(self.without_query)} tasks without one left out)"
+            out += f" ({len(self.without_query)} more have none)"
         return out + "; means over tasks ± standard error, * the best"
 
     def _score_cells(self) -> tuple[list[str], list[list[str]]]:
@@ -287,7 +281,7 @@ class Comparison:
         NaN and infinite numbers are written as the texts "nan", "inf" and "-inf".
         """
         content = {"kind": "comparison", **asdict(self), "verdict": self.verdict()}
-        text = json.dumps(_plain(content), ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(strict(content), ensure_ascii=False, indent=1, allow_nan=False)
         if path is not None:
             write_text(path, text + "\n")
         return text
@@ -336,6 +330,16 @@ def versions() -> dict[str, str]:
     return out | {package: version(package) for package in packages}
 
 
+def _judgement(distance: Distance | None, reference: str) -> str:
+    if distance is None or not distance.close_in_mean:
+        return "not"
+    if distance.close:
+        return f"Close to {reference}"
+    low, high = SD_LIMITS
+    spread = low <= distance.sd_ratio <= high
+    return f"close in the mean but not in {'every task' if spread else 'the spread'}"
+
+
 def _row(fields: Mapping[str, Any]) -> Row:
     scores = {key: _score(score) for key, score in fields["scores"].items()}
     return Row(
@@ -364,13 +368,14 @@ def _distance(fields: Mapping[str, Any] | None) -> Distance | None:
     return Distance(tuple(fields["sites"]), **{name: float(fields[name]) for name in _DISTANCES})
 
 
-def _plain(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """What strict JSON can hold: numbers that are not finite as text, tuples as lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [strict(item) for item in value]
     return value
 
 

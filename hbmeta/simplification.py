@@ -7,7 +7,8 @@ pass over the graph:
     f(expand(a))        ->  expand(f(a))                       for pointwise f of one tensor
     b / expand(a)       ->  b * expand(1 / a)                  a division costs eight multiplications
 
-The second rounds once more, a relative 1e-16 in float64. Then common subexpressions are merged and
+The second rounds once more, a relative 1e-16 in float64. Numbers that a program wrote (`Normal(0.0, 10.0)`)
+become literals: the compiler folds them, and its cache on disk knows the graph again. Then common subexpressions are merged and
 dead code is dropped (unused priors, handlers' bookkeeping).
 """
 
@@ -49,6 +50,8 @@ def simplify(graph: GraphModule) -> GraphModule:
 
     graph.graph.eliminate_dead_code()
     for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            _write_literal(graph, node)
         if node.op != "call_function":
             continue
         if _is_expand(node) and _is_expand(node.args[0]):
@@ -68,6 +71,20 @@ def simplify(graph: GraphModule) -> GraphModule:
     graph.graph = fx_graph_cse(graph.graph)
     graph.recompile()
     return graph
+
+
+def _write_literal(graph: GraphModule, node: Node) -> None:
+    constant = getattr(graph, str(node.target))
+    if not isinstance(constant, torch.Tensor) or constant.ndim:
+        return
+    options = {"dtype": constant.dtype, "device": constant.device}
+    with graph.graph.inserting_before(node):
+        literal = graph.graph.call_function(aten.full.default, ([], constant.item()), options)
+    literal.meta = {**node.meta, "val": constant}
+    for user in list(node.users):
+        if user.target in (aten.lift_fresh_copy.default, aten.detach.default):
+            user.replace_all_uses_with(literal)
+    node.replace_all_uses_with(literal)
 
 
 def _is_expand(node: object) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -34,8 +34,8 @@ Tier = Literal["eager", "graph", "compiled"]
 TIERS: tuple[Tier, ...] = ("eager", "graph", "compiled")
 
 # A compiled graph pays its compilation back after this many seconds of eager work; the constant is
-# of the order of a compilation (1 s for small graphs, about 15 ms a node for large ones).
-_SECONDS_PER_NODE = 0.015
+# of the order of a compilation (1 s for small graphs, about 8 ms a node for large ones).
+_SECONDS_PER_NODE = 0.008
 _SECONDS_TO_COMPILE = 2.0
 # Below this many elements a second thread costs more than it brings.
 _ELEMENTS_FOR_THREADS = 100_000
@@ -160,7 +160,7 @@ class Staged:
         run = self._plans[key].run
         if run is None:
             return lambda *tensors: pytree.tree_leaves(
-                self.function(*pytree.tree_unflatten(list(tensors), structure))
+                self.function(*pytree.tree_unflatten(_filled(leaves, tensors), structure))
             )
         return run
 
@@ -195,7 +195,7 @@ class Staged:
             return "eager"
         nodes = 300 if plan.graph is None else len(plan.graph.graph.nodes)
         return (
-            "compiled" if left > 2 * (_SECONDS_TO_COMPILE + _SECONDS_PER_NODE * nodes) else "graph"
+            "compiled" if left > 1.2 * (_SECONDS_TO_COMPILE + _SECONDS_PER_NODE * nodes) else "graph"
         )
 
     def _check(self, args: Any, staged: list[Any], plan: _Plan) -> None:
@@ -237,6 +237,12 @@ def _tensors(leaves: list[Any]) -> list[Tensor]:
     return [_dense(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def _filled(leaves: list[Any], tensors: Iterable[Tensor]) -> list[Any]:
+    """The leaves with other tensors in the place of theirs; None and numbers are leaves too."""
+    supply = iter(tensors)
+    return [next(supply) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor without gaps in memory: a clone of it keeps its strides, so a graph fits it."""
     from torch._prims_common import is_non_overlapping_and_dense_or_false
@@ -255,9 +261,7 @@ def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
     out: dict[str, Any] = {}
 
     def flat(*tensors: Tensor) -> list[Any]:
-        supply = iter(tensors)
-        filled = [next(supply) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        result = function(*pytree.tree_unflatten(filled, structure))
+        result = function(*pytree.tree_unflatten(_filled(leaves, tensors), structure))
         values, out["structure"] = pytree.tree_flatten(result)
         return values
 
@@ -291,12 +295,24 @@ def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
 def compile_graph(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
     """The graph through Inductor, without Dynamo's guards: the caller's key is the guard."""
     import torch._inductor as inductor
+    from torch._guards import TracingContext, tracing
     from torch._inductor import config
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     tensors = [tensor.detach().clone() for tensor in _tensors(leaves)]
     largest = max((_largest(node) for node in graph.graph.nodes), default=0)
     threads = 1 if largest < _ELEMENTS_FOR_THREADS else torch.get_num_threads()
-    with torch.no_grad(), config.patch({"cpp.threads": threads}):
+    # Without a shape environment Inductor does not look into its cache on disk.
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+    # Inductor's own use of functions that torch deprecated is nothing that a person can mend.
+    with (
+        torch.no_grad(),
+        tracing(context),
+        warnings.catch_warnings(),
+        config.patch({"cpp.threads": threads}),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)
         compiled = inductor.compile(graph, tensors)
 
     def run(*inputs: Tensor) -> Any:

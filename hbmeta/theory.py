@@ -1,4 +1,4 @@
-"""What approximations imply: the Gaussian prior behind early stopping, and Type-II maximum likelihood.
+"""What approximations imply: the prior behind early stopping; Type-II maximum likelihood.
 
 Pure functions in float64. φ is a task's parameter, φ̂ its maximum likelihood estimate, φ₀ the start,
 λ the curvature of the SUM of the task's negative log-likelihoods, α the step size and N the number
@@ -8,8 +8,8 @@ q = (1 − αλ)^N, and the maximum a posteriori estimate under φ ~ N(φ₀, τ
 
     1/τ² = λ q / (1 − q) = λ / expm1(−N log1p(−αλ))
 
-Two forms of this in print are wrong. The second-order expansion is 1/τ² = 1/(αN) − λ (N+1)/(2N) + …,
-not 1/(αN) − λ, which holds for N = 1 alone. The domain is 0 < αλ < 1, not 0 < αλ < 2: beyond 1 the
+Two forms of this in print are wrong. The second-order expansion is
+1/τ² = 1/(αN) − λ (N+1)/(2N) + …, not 1/(αN) − λ, which holds for N = 1 alone. The domain is 0 < αλ < 1, not 0 < αλ < 2: beyond 1 the
 iterates jump over φ̂ at every step and for odd N the "precision" is negative. In either form λ is
 the task's own, so that tasks of different size or design have different implied priors: early
 stopping is no single hierarchical prior unless αNλ → 0, and it does not maximise the marginal
@@ -105,13 +105,7 @@ def implied_prior_variance(
     where = "implied_prior_variance"
     _require_positive(step_size, "step_size", where)
     _require_steps(steps, where)
-    if not 0.0 <= curvature < math.inf:
-        raise DataError(
-            where,
-            needed="a finite curvature of at least 0",
-            found=f"{curvature!r}",
-            do="Pass the second derivative of the summed negative log-likelihood at its minimum.",
-        )
+    _require_curvature(curvature, where)
     product = step_size * curvature
     if allow_oscillating:
         return SignedPrecision(_signed_precision(curvature, product, step_size, steps), product > 1)
@@ -237,13 +231,7 @@ def scaled_step_size(step_size: float, n: int, noise: float | None, reduction: R
     """
     where = "scaled_step_size"
     _require_positive(step_size, "step_size", where)
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise DataError(
-            where,
-            needed="a whole number n of at least 1",
-            found=f"{n!r}",
-            do="Pass the number of support points.",
-        )
+    _require_count(n, "n", "Pass the number of support points.", where)
     if reduction == "sum":
         return step_size
     if reduction == "mean":
@@ -281,13 +269,7 @@ def matching_step_size(curvature: float, prior_variance: float, steps: int) -> f
     where = "matching_step_size"
     _require_positive(prior_variance, "prior_variance", where)
     _require_steps(steps, where)
-    if not 0.0 <= curvature < math.inf:
-        raise DataError(
-            where,
-            needed="a finite curvature of at least 0",
-            found=f"{curvature!r}",
-            do="Pass n divided by the noise variance, for the mean of n points.",
-        )
+    _require_curvature(curvature, where)
     if curvature * prior_variance < _TINY:
         return prior_variance / steps
     return -math.expm1(-math.log1p(curvature * prior_variance) / steps) / curvature
@@ -406,11 +388,23 @@ def _require_positive(value: float, name: str, where: str) -> None:
         )
 
 
-def _require_steps(steps: int, where: str) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+def _require_curvature(curvature: float, where: str) -> None:
+    if not 0.0 <= curvature < math.inf:
         raise DataError(
             where,
-            needed="steps as a whole number of at least 1",
-            found=f"{steps!r}",
-            do="Without a step the start is returned, which is a prior of variance 0.",
+            needed="a finite curvature of at least 0",
+            found=f"{curvature!r}",
+            do="Pass the second derivative of the summed negative log-likelihood at its minimum.",
+        )
+
+
+def _require_steps(steps: int, where: str) -> None:
+    do = "Without a step the start is returned, which is a prior of variance 0."
+    _require_count(steps, "steps", do, where)
+
+
+def _require_count(value: int, name: str, do: str, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise DataError(
+            where, needed=f"{name} as a whole number of at least 1", found=f"{value!r}", do=do
         )

@@ -46,7 +46,7 @@ class Options:
     steps: int = 2000
     tasks_per_step: int | None = None
     learning_rate: float = 1e-3
-    theta_learning_rate: float = 1e-2
+    theta_learning_rate: float = 3e-2
     decay: bool = True
     seed: int = 0
     tier: Tier | Literal["auto"] = "auto"
@@ -173,6 +173,12 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     untouched = _untouched(data_loss, free, feed, draw_noise)
     for name in untouched:
         free.pop(name)
+    if untouched:
+        warnings.warn(
+            f"{strategy.name}: the loss does not depend on {', '.join(_names(untouched))}, so it stays "
+            "at its prior's location. A non-centered program or another strategy would learn it.",
+            stacklevel=4,
+        )
     if not free:
         return Learned(theta=start, own=own, info={"untouched": _names(untouched)})
     noise_generator.manual_seed(options.seed + 1)
@@ -226,12 +232,6 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     if own is not None:
         own.load_state_dict(
             {**own.state_dict(), **{k: free[f"own/{k}"].detach() for k in own_start}}
-        )
-    if untouched:
-        warnings.warn(
-            f"{strategy.name}: the loss does not depend on {', '.join(_names(untouched))}, so it stays "
-            "at its prior's location. A non-centered program or another strategy would learn it.",
-            stacklevel=4,
         )
     return Learned(
         theta=theta,

@@ -126,20 +126,20 @@ def two_coefficients(x, y=None):
             return pyro.sample("y", dist.Normal(intercept + slope * x[..., 0], noise), obs=y)
 
 
-class Features(PyroModule):
-    """A unit of a network before a linear task head: θ is learned by a module, without a prior."""
+class SharedUnit(PyroModule):
+    """A unit of a network that tasks share, and their own offsets: θ is learned without a prior."""
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor([[1.0]]))
-        self.bias = nn.Parameter(torch.tensor([0.5]))
-        self.start = nn.Parameter(torch.tensor([0.0]))
+        self.weight = nn.Parameter(torch.tensor([[0.3]]))
+        self.gain = nn.Parameter(torch.tensor(0.5))
+        self.start = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, x, y=None):
         with pyro.plate("task", x.shape[0], dim=-2):
-            head = pyro.sample("head", dist.Normal(self.start, 1.0).to_event(1))
+            offset = pyro.sample("offset", dist.Normal(self.start, 1.0))
             with pyro.plate("point", x.shape[1], dim=-1):
-                mean = (torch.tanh(x @ self.weight + self.bias) * head).sum(-1)
+                mean = self.gain * torch.tanh(x @ self.weight).squeeze(-1) + offset
                 return pyro.sample("y", dist.Normal(mean, 0.3), obs=y)
 
 
@@ -247,7 +247,8 @@ def _gamma_poisson_case() -> Case:
     total = np.array([rows_of(tasks, i)[1].sum() for i in range(tasks.n_tasks)])
     n = tasks.counts.numpy()
     shape, rate = RATE_SHAPE + total, RATE_RATE + n
-    # Π_j Poisson(y_j | r) Gamma(r | a, b) integrates to b^a Γ(a + Σy) / (Γ(a) (b + n)^(a + Σy) Π y_j!).
+    # Π_j Poisson(y_j | r) Gamma(r | a, b) integrates over r to
+    # b^a Γ(a + Σy) / (Γ(a) (b + n)^(a + Σy) Π y_j!).
     factorials = np.array(
         [sum(math.lgamma(v + 1) for v in rows_of(tasks, i)[1]) for i in range(tasks.n_tasks)]
     )
@@ -287,10 +288,10 @@ def _two_coefficients() -> Tasks:
     return _ragged((5, 4, 6, 5, 5, 4), draw_y, seed=7)
 
 
-def _sines() -> Tasks:
+def _curves() -> Tasks:
     def draw_y(x, task, rng):
-        amplitude = rng.uniform(0.5, 2.0, 5)
-        return amplitude[task] * np.sin(x[:, 0]) + 0.3 * rng.standard_normal(len(task))
+        offset = rng.standard_normal(5)
+        return np.tanh(2.0 * x[:, 0]) + offset[task] + 0.3 * rng.standard_normal(len(task))
 
     return _ragged((6, 6, 6, 6, 6), draw_y, seed=8)
 
@@ -361,8 +362,8 @@ _MAKERS: dict[str, Callable[[], Case]] = {
     "module_parameters": lambda: Case(
         "module_parameters",
         "a `PyroModule` whose θ is network weights without a prior",
-        Features(),
-        _sines(),
+        SharedUnit(),
+        _curves(),
     ),
 }
 

@@ -21,6 +21,7 @@ ORDER = [
     "files",
     "bounds",
     "tasks",
+    "triangular",
     "densities",
     "scores",
     "locations",
@@ -54,7 +55,9 @@ ORDER = [
     "comparison",
     "certificate",
     "diagnostics",
+    "styles",
     "plots",
+    "study",
     "cli",
 ]
 

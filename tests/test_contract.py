@@ -1,4 +1,4 @@
-"""The contract: every strategy on every case, as tests/contract_matrix.py says; nothing is skipped."""
+"""The contract: every strategy on every case, as tests/contract_matrix.py says; no skips."""
 
 import contextlib
 import math
@@ -32,11 +32,11 @@ each_working_pair = pytest.mark.parametrize(("strategy", "name"), WORKING)
 def strategy_of(strategy, name, *, small):
     """The settings of the suite, and the arguments of fit; `small` is the least that runs."""
     if strategy == "NUTS":
-        draws, warmup, depth = (250, 250, 10) if name in MEASURED else (40, 60, 5)
+        draws, warmup, depth = (250, 250, 10) if name in MEASURED else (30, 30, 4)
         if small:
-            draws, warmup, depth = 4, 6, 3
+            draws, warmup, depth = 3, 4, 3
         chosen = inference.NUTS(draws=draws, warmup=warmup, max_tree_depth=depth, chains=2)
-        return chosen, {"compile": "graph"}
+        return chosen, {"compile": False if small else "graph"}
     if strategy == "MAML":
         return inference.MAML(steps=3, step_size=0.05), {"steps": 2 if small else 20}
     if strategy == "AmortizedGuide":
@@ -125,13 +125,16 @@ def test_matrix_is_complete():
 def test_same_seed_gives_the_same_bits_and_leaves_no_trace(strategy, name, untouched):
     # Parameters of these names in the store must neither be read nor written.
     with pyro.get_param_store().scope():
-        for parameter in ("weight", "mu", "Features$$$weight"):
+        for parameter in ("weight", "start", "mu"):
             pyro.get_param_store().setdefault(parameter, torch.full((1, 2), 77.0))
         # What has no small fit need not do the large one three times.
         made = fit_once(strategy, name)[0] if strategy in CLOSED else None
         runs = []
         with untouched():
-            for fitted in (made or fit(strategy, name, small=True)[0], fit(strategy, name, small=True)[0]):
+            for fitted in (
+                made or fit(strategy, name, small=True)[0],
+                fit(strategy, name, small=True)[0],
+            ):
                 posterior = adapt(fitted, case(name).tasks)
                 mean = posterior.predict(case(name).tasks, draws=10).mean
                 runs.append({**fitted.theta, **tensors_of(posterior), "mean of y": mean})
@@ -203,7 +206,9 @@ def test_empty_support(strategy, name):
         _check_prior(strategy, name, fitted, posterior)
     predictive = one_empty.predict(tasks, draws=50)
     assert bool(torch.isfinite(predictive.mean).all())
-    assert all_empty.predict(without_task(tasks, *range(tasks.n_tasks)), draws=5).tasks.n_points == 0
+    assert (
+        all_empty.predict(without_task(tasks, *range(tasks.n_tasks)), draws=5).tasks.n_points == 0
+    )
 
 
 def _check_prior(strategy, name, fitted, posterior):
@@ -306,7 +311,9 @@ def test_nuts_adapts_exactly_where_theta_is_given():
     mean, sd = posterior.moments()["rate"]
     effective = posterior.info["effective_draws"].numpy()
     assert (effective > 700).all()  # of 1,000
-    assert (np.abs(mean - known.posterior[0]) < 5 * known.posterior[1] / np.sqrt(effective)).all()
+    assert (
+        np.abs(mean.numpy() - known.posterior[0]) < 5 * known.posterior[1] / np.sqrt(effective)
+    ).all()
     np.testing.assert_allclose(sd, known.posterior[1], rtol=0.15)
     np.testing.assert_allclose(posterior.info["log_evidence"], known.log_evidence, atol=0.05)
 

@@ -334,7 +334,7 @@ def test_exact_predictions_agree_with_the_mixture_of_draws(monkeypatch):
     posterior, _ = linear()
     tasks = query()
     exact = posterior.predict(tasks)
-    monkeypatch.setattr(posterior_module, "_linear_gaussian", lambda *_: None)
+    monkeypatch.setattr(posterior_module, "linear_gaussian", lambda *_: None)
     n = 20_000
     mixture = posterior.predict(tasks, draws=n)
     assert mixture.n_draws == n
@@ -353,8 +353,52 @@ def test_exact_predictions_agree_with_the_mixture_of_draws(monkeypatch):
     )
 
 
+def test_draws_of_exact_predictions_are_joint_over_the_rows_of_a_task():
+    posterior, _ = linear()
+    tasks = query()
+    n = 20_000
+    drawn = posterior.predict(tasks).sample(n, seed=2)
+    for i in range(4):
+        mean, covariance, y = dense(tasks, posterior, i)
+        mine = drawn[:, i, : len(y)].numpy()
+        sd = np.sqrt(np.diag(covariance))
+        error = np.sqrt(np.outer(sd**2, sd**2) + covariance**2) / n**0.5
+        # 10 means and 30 covariances at 5 standard errors: false-alarm rate below 3e-5.
+        assert (np.abs(mine.mean(0) - mean) < 5 * sd / n**0.5).all()
+        assert (np.abs(np.cov(mine.T).reshape(covariance.shape) - covariance) < 5 * error).all()
+
+
 def test_what_is_not_linear_in_phi_is_a_mixture():
     assert build().predict(torch.ones(3, 2, 1).double(), draws=50).n_draws == 50
+
+
+def test_weights_of_draws_count_in_predictions():
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randn(20, 3, 3, generator=generator, dtype=torch.float64)
+    log_weights = 2 * torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    found = build(density=Empirical(phi, log_weights)).predict(2 * torch.ones(3, 1, 1).double())
+    each = 2 * phi[..., 0].exp() + phi[..., 1:].sum(-1)
+    expected = (log_weights.softmax(0) * each).sum(0)
+    torch.testing.assert_close(found.mean[:, 0], expected)
+
+
+@pytest.mark.parametrize("draws", [400, 50])
+def test_draws_of_theta_go_with_their_draws_of_phi(draws):
+    """Also where they are thinned: draw s of both, never of one."""
+    fitted = fits.fitted("NUTS")
+    kept = torch.linspace(0, 399, draws).round().long()
+    theta = {name: value[kept] for name, value in fitted.globals().items()}
+    tasks = fitted.tasks
+    z = fitted.density.phi[kept][:, tasks.task, 0]
+    mean = theta["mean"] + theta["scale"] * z + theta["fixed"] * tasks.flat_x[:, 0]
+    location, scale = fitted.units
+    found = fitted.posterior.predict(tasks, draws=draws)
+    torch.testing.assert_close(tasks.unpad(found.mean), location + scale * mean.mean(0))
+    variance = mean.var(0, correction=0) + theta["noise"].square().mean()
+    torch.testing.assert_close(tasks.unpad(found.variance), scale**2 * variance)
+    coefficients = fitted.posterior.sample(draws)["coefficients"][..., 0]
+    expected = theta["mean"] + theta["scale"] * fitted.density.phi[kept][..., 0]
+    torch.testing.assert_close(coefficients, expected)
 
 
 def test_predictions_are_in_the_units_of_the_data():

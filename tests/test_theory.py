@@ -88,7 +88,13 @@ def test_variance_is_at_least_step_size_times_steps(curvature, step_size, steps)
 
 @pytest.mark.parametrize(
     ("product", "steps", "precision"),
-    [(1.5, 3, -0.1111111), (1.5, 4, 0.0666667), (1.9, 2, 4.2631579), (2.0, 3, -0.5), (2.5, 2, -1.8)],
+    [
+        (1.5, 3, -0.1111111),
+        (1.5, 4, 0.0666667),
+        (1.9, 2, 4.2631579),
+        (2.0, 3, -0.5),
+        (2.5, 2, -1.8),
+    ],
 )
 def test_signed_regime(product, steps, precision):
     found = implied_prior_variance(1.0, product, steps, allow_oscillating=True)
@@ -338,7 +344,7 @@ def test_type_two_takes_the_better_of_two_maxima():
 
 
 def test_type_two_recovers_the_truth():
-    """T = 2000, n = 5: SE(μ̂) = 0.0212, SE(τ̂²) = 0.0285. |z| < 4 fails by chance 6e-5 of the time."""
+    """T = 2000, n = 5: SE(μ̂) = 0.0212, SE(τ̂²) = 0.0285. |z| < 4 fails in 6e-5 of seeds."""
     rng = np.random.default_rng(0)
     means = rng.normal(1.5, np.sqrt(0.8), 2000) + rng.normal(0, np.sqrt(0.1), 2000)
     found = type_two_maximum_likelihood(means, 5, 0.5)

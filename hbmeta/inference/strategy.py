@@ -124,7 +124,7 @@ class Strategy(abc.ABC):
         steps: int = 2000,
         tasks_per_step: int | None = None,
         learning_rate: float = 1e-3,
-        theta_learning_rate: float = 1e-2,
+        theta_learning_rate: float = 3e-2,
         decay: bool = True,
         seed: int = 0,
         device: str | torch.device | None = None,

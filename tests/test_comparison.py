@@ -1,0 +1,466 @@
+import dataclasses
+import json
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from hbmeta import inference, models, tasks
+from hbmeta.comparison import Comparison, compare
+from hbmeta.densities import Delta, Gaussian
+from hbmeta.distances import Distance, constant_within, distance_between, shared_sites
+from hbmeta.errors import DataError, FileError
+from hbmeta.records import Row, Score
+from hbmeta.scores import crps_normal
+from hbmeta.tables import aligned, digits_for, plus_minus
+
+LEVELS = (0.5, 0.9)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """7 groups of 1 to 9 rows, y in units of its own (10 + 5 z); one group has no query."""
+    random = np.random.default_rng(0)
+    counts = (1, 4, 5, 6, 7, 8, 9)
+    group = np.repeat([f"g{i}" for i in range(len(counts))], counts)
+    x = random.normal(size=len(group))
+    effect = np.repeat(random.normal(size=len(counts)), counts)
+    y = 10 + 5 * (effect + 0.5 * x + 0.5 * random.normal(size=len(group)))
+    frame = pd.DataFrame({"group": group, "x": x, "y": y})
+    return tasks.from_frame(frame, group="group", x="x", y="y", standardise=["y"]).split(
+        support=0.6, seed=1
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.VaryingEffects(fixed=["x"])
+
+
+@pytest.fixture(scope="module")
+def fits(data, model):
+    settings = {"compile": "graph", "seed": 0, "progress": False}
+    strategy = inference.NUTS(draws=600, warmup=300, chains=4, target_accept=0.95, processes=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # no test here needs it to have converged
+        # Thousands of gradients: compiling them takes seconds, not doing so half a minute.
+        nuts = strategy.fit(model, data, seed=0, progress=False)
+    return {
+        "nuts": nuts,
+        "exact": inference.ExactLinear().fit(model, data, **settings),
+        "no_pooling": inference.NoPooling().fit(model, data, **settings),
+    }
+
+
+@pytest.fixture(scope="module")
+def compared(fits, data):
+    return compare(fits, data, reference="nuts", levels=LEVELS)
+
+
+def by_hand(fitted, data):
+    """Scores of a Gaussian fit, row by row, in the units of the table."""
+    episode = data.episode
+    posterior = fitted.posterior_of(episode.support)
+    predictive = posterior.predict(episode.query)
+    location, scale = data.schema.y_location, data.schema.y_scale
+    out = []
+    for i in range(episode.n_tasks):
+        task = []
+        for j in range(int(episode.query.counts[i])):
+            y = location + scale * float(episode.query.y[i, j])
+            mean, sd = float(predictive.mean[i, j]), float(predictive.sd[i, j])
+            z = (y - mean) / sd
+            # |z| of a central Normal interval of probability 0.5 and 0.9.
+            task.append(
+                (
+                    0.5 * z**2 + math.log(sd) + 0.5 * math.log(2 * math.pi),
+                    (y - mean) ** 2,
+                    float(crps_normal(torch.tensor(mean), torch.tensor(sd), torch.tensor(y))),
+                    float(abs(z) <= 0.6744898),
+                    float(abs(z) <= 1.6448536),
+                )
+            )
+        out.append(np.mean(task, 0))
+    return np.array(out)  # (tasks, scores)
+
+
+# Scores
+
+
+@pytest.mark.parametrize("name", ["exact", "no_pooling"])
+def test_scores_are_those_of_a_loop(fits, data, compared, name):
+    scores = compared[name].scores
+    table = by_hand(fits[name], data)
+    n = len(table)
+    for index, key in ((0, "nll"), (2, "crps"), (3, "coverage_0.5"), (4, "coverage_0.9")):
+        assert scores[key].value == pytest.approx(table[:, index].mean(), rel=1e-5)
+        error = table[:, index].std(ddof=1) / math.sqrt(n)
+        assert scores[key].standard_error == pytest.approx(error, rel=1e-4)
+    root = math.sqrt(table[:, 1].mean())
+    assert scores["rmse"].value == pytest.approx(root, rel=1e-6)
+    delta = table[:, 1].std(ddof=1) / math.sqrt(n) / (2 * root)
+    assert scores["rmse"].standard_error == pytest.approx(delta, rel=1e-6)
+    np.testing.assert_allclose(compared[name].nll_by_task, table[:, 0], rtol=1e-5)
+
+
+def test_differences_are_paired(fits, data):
+    pair = {name: fits[name] for name in ("exact", "no_pooling")}
+    found = compare(pair, data, reference="exact", levels=LEVELS)["no_pooling"].scores
+    a, b = by_hand(pair["no_pooling"], data), by_hand(pair["exact"], data)
+    difference = a[:, 0] - b[:, 0]
+    assert found["nll"].difference == pytest.approx(difference.mean(), rel=1e-4)
+    error = difference.std(ddof=1) / math.sqrt(len(a))
+    assert found["nll"].difference_error == pytest.approx(error, rel=1e-4)
+    roots = [math.sqrt(t[:, 1].mean()) for t in (a, b)]
+    assert found["rmse"].difference == pytest.approx(roots[0] - roots[1], rel=1e-5)
+    influence = a[:, 1] / (2 * roots[0]) - b[:, 1] / (2 * roots[1])
+    error = influence.std(ddof=1) / math.sqrt(len(a))
+    assert found["rmse"].difference_error == pytest.approx(error, rel=1e-4)
+
+
+def test_joint_nll_of_independent_rows_is_the_marginal_one(compared):
+    scores = compared["no_pooling"].scores  # a point: rows are independent
+    assert scores["joint_nll"].value == pytest.approx(scores["nll"].value, rel=1e-9)
+    scores = compared["exact"].scores
+    assert scores["joint_nll"].value != pytest.approx(scores["nll"].value, rel=1e-4)
+
+
+def test_tasks_without_query_are_left_out_and_counted(compared, data):
+    assert compared.without_query == ("g0",)
+    assert "g0" not in compared.ids
+    assert len(compared.ids) == 6
+    assert sum(compared.points) == data.query.n_points
+    as_episode = data.episode_of_all
+    assert as_episode.without_query == ("g0",)
+
+
+def test_an_episode_gives_the_numbers_of_its_task_set(fits, data, compared):
+    same = compare(fits, data.episode_of_all, reference="nuts", levels=LEVELS)
+    for row in same.rows:
+        assert row.scores == compared[row.name].scores
+    assert same.without_query == compared.without_query
+
+
+def test_the_lowest_nll_is_the_baseline_without_a_reference(fits, data):
+    found = compare(fits, data)
+    assert found.reference is None
+    assert found.baseline == found.best("nll")
+    assert found[found.baseline].scores["nll"].difference is None
+    assert all(row.distance is None for row in found.rows)
+    assert "No reference" in found.verdict()
+    assert found.baseline in str(found)
+
+
+def test_one_task_has_no_standard_error(fits, data):
+    found = compare(fits, data.episode[[2]], reference="nuts")
+    assert math.isnan(found["exact"].scores["nll"].standard_error)
+    assert "±" not in str(found).partition("Distance")[0].partition("\n")[2]
+    assert Comparison.from_json(found.to_json()).to_json() == found.to_json()
+
+
+def test_a_bernoulli_model_is_scored_by_its_density():
+    random = np.random.default_rng(2)
+    frame = pd.DataFrame({"group": np.repeat(list("abcd"), 8), "y": random.integers(0, 2, 32)})
+    split = tasks.from_frame(frame, group="group", x=[], y="y").split(support=0.5, seed=0)
+    fit = inference.CompletePooling().fit(
+        models.VaryingEffects(family="bernoulli"), split, compile="graph", progress=False
+    )
+    row = compare({"complete": fit}, split)["complete"]
+    p = float(split.support.flat_y.mean())
+    y = split.query.flat_y
+    slow = -(y * math.log(p) + (1 - y) * math.log(1 - p))
+    # Four query rows in each task; the prior moves p by little.
+    assert row.scores["nll"].value == pytest.approx(float(slow.mean()), abs=0.02)
+
+
+# Distances
+
+
+def test_distance_is_that_of_a_loop():
+    random = np.random.default_rng(1)
+    shapes = {"a": (5, 2), "b": (5,)}
+    first, second = (
+        {
+            n: (torch.tensor(random.normal(size=s)), torch.tensor(random.uniform(0.5, 2, size=s)))
+            for n, s in shapes.items()
+        }
+        for _ in range(2)
+    )
+    found = distance_between(first, second, ("a", "b"))
+    d, r = [], []
+    for name in shapes:
+        for m, s, m0, s0 in zip(
+            *(v.flatten().tolist() for v in (*first[name], *second[name])), strict=True
+        ):
+            d.append(abs(m - m0) / s0)
+            r.append(s / s0)
+    assert found.mean_difference == pytest.approx(np.mean(d))
+    assert found.largest_difference == pytest.approx(max(d))
+    assert (found.sd_ratio_low, found.sd_ratio_high) == pytest.approx((min(r), max(r)))
+    close = [x <= 0.3 and 0.75 <= y <= 1.33 for x, y in zip(d, r, strict=True)]
+    assert found.share_close == pytest.approx(np.mean(close))
+    assert found.sd_ratio == pytest.approx(float(torch.tensor(r).median()))
+
+
+def test_a_coordinate_without_spread_in_the_reference_does_not_count():
+    moments = {"a": (torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]))}
+    reference = {"a": (torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 0.0]]))}
+    assert distance_between(moments, reference, ("a",)).mean_difference == pytest.approx(0.5)
+    point = {"a": (torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))}
+    assert distance_between(moments, point, ("a",)) is None
+    assert distance_between(moments, reference, ()) is None
+
+
+def test_distances_of_an_exact_fit_and_of_points(compared):
+    exact, none = compared["exact"], compared["no_pooling"]
+    assert compared["nuts"].distance is None
+    assert compared["nuts"].distance_given_theta is None
+    # The same density twice: draws of the same seed, so only rounding is left.
+    assert exact.distance_given_theta.mean_difference < 1e-6
+    assert exact.distance_given_theta.sd_ratio == pytest.approx(1.0, abs=1e-6)
+    assert exact.distance.sites == ("coefficients",)
+    assert exact.distance.mean_difference < 0.3
+    assert 0.5 < exact.distance.sd_ratio < 1.2
+    assert none.distance.sd_ratio == none.distance.sd_ratio_high == 0.0
+    assert not none.distance.close
+
+
+def test_a_known_shift_and_spread_are_found(fits, data):
+    exact = fits["exact"]
+    density = exact.posterior.density
+    sd = density.sd
+    moved = dataclasses.replace(
+        exact, density=Gaussian(density.loc + 0.7 * sd, density.scale * 1.5), _cache={}
+    )
+    row = compare({"exact": exact, "moved": moved}, data, reference="exact")["moved"]
+    # One coordinate, linear in φ; both draw with one seed, so the shift is exact but for the
+    # sample mean of the draws, within 0.5 / √4000 of a standard deviation.
+    assert row.distance.mean_difference == pytest.approx(0.7, abs=0.05)
+    assert row.distance.sd_ratio == pytest.approx(1.5, abs=1e-6)
+
+
+def test_centred_and_non_centred_programs_share_their_coefficients(fits, data):
+    def centred(x, y=None):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+        noise = pyro.sample("noise", dist.HalfNormal(1.0))
+        with pyro.plate("task", x.shape[0], dim=-2):
+            phi = pyro.sample("coefficients", dist.Normal(mean, 1.0).to_event(1))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", dist.Normal(phi[..., 0], noise), obs=y)
+
+    other = inference.ExactLinear().fit(centred, data, compile="graph", progress=False)
+    assert shared_sites(fits["nuts"].posterior, other.posterior) == ("coefficients",)
+    assert shared_sites(other.posterior, fits["nuts"].posterior) == ("coefficients",)
+    found = compare({**fits, "centred": other}, data, reference="nuts")
+    assert found["centred"].distance.sites == ("coefficients",)
+
+
+def test_programs_without_a_common_site_are_noted(fits, data):
+    def other(x, y=None):
+        with pyro.plate("task", x.shape[0], dim=-2):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+    fit = inference.ExactLinear().fit(other, data, compile="graph", progress=False)
+    found = compare({"nuts": fits["nuts"], "other": fit}, data, reference="nuts")
+    assert found["other"].distance is None
+    assert any("no local site" in note for note in found.notes)
+    assert found["other"].distance_given_theta.mean_difference < 1e-6
+
+
+def test_columns_constant_within_tasks():
+    x = [[[1.0, 5.0, 2.0], [2.0, 5.0, 2.0]], [[1.0, 6.0, 2.0], [2.0, 6.0, 2.0]]]
+    batch = tasks.Tasks(x, [[0.0, 1.0], [2.0, 3.0]], features=["own", "group", "same"])
+    assert constant_within(batch) == ("group",)
+
+
+# Flags and the verdict
+
+
+def test_a_reference_that_did_not_converge_is_flagged(data, model, fits):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the same is said by fit
+        short = inference.NUTS(draws=20, warmup=100, chains=2, processes=1).fit(
+            model, data, compile="graph", seed=0, progress=False
+        )
+    found = compare({"nuts": short, "exact": fits["exact"]}, data, reference="nuts")
+    assert any("effective sample size" in flag for flag in found.flags)
+    assert found.verdict().startswith("No verdict")
+    assert "Flag: nuts" in str(found)
+
+
+def test_one_chain_and_few_effective_draws_are_flagged(data, fits):
+    nuts = fits["nuts"]
+    info = {**nuts.info, "r_hat": torch.full_like(nuts.info["r_hat"], math.nan)}
+    found = compare({"nuts": dataclasses.replace(nuts, info=info)}, data, reference="nuts")
+    assert any("R̂ is not known" in flag for flag in found.flags)
+
+    posterior = nuts.posterior
+    posterior.info["effective_draws"] = torch.tensor([4.0] + [500.0] * (len(posterior.ids) - 1))
+    cached = dataclasses.replace(nuts, _cache={"fit": posterior})
+    everyone = tasks.Episode(data.support, data.support)
+    found = compare({"nuts": cached}, everyone, reference="nuts")
+    del posterior.info["effective_draws"]
+    assert any("least: 4, 'g0'" in flag for flag in found.flags)
+
+
+def row(name, distance=None, nll=1.0):
+    scores = {"nll": Score(nll, 0.1, 0.0, 0.1)}
+    return Row(name, "S", {}, "p", "point", 0, scores, (nll,), distance, None, 1.0, 0.5, 0.1)
+
+
+def record(*rows, flags=(), reference="ref"):
+    return Comparison(
+        (row("ref"), *rows), reference, "ref", ("a",), (1,), (1,), (), (0.9,), 10, 0, flags, (), {}
+    )
+
+
+def test_the_verdict_follows_its_rule():
+    near = Distance(("z",), 0.05, 0.2, 1.0, 0.9, 1.1, 1.0)
+    point = Distance(("z",), 0.05, 0.2, 0.0, 0.0, 0.0, 0.0)
+    some_off = Distance(("z",), 0.09, 0.9, 1.0, 0.9, 1.1, 0.89)
+    far = Distance(("z",), 0.11, 0.2, 1.0, 0.9, 1.1, 1.0)
+    rows = row("near", near), row("point", point), row("some", some_off), row("far", far)
+    assert record(*rows).verdict() == (
+        "Close to ref: near; close in the mean but not in the spread: point; "
+        "close in the mean but not in every task: some; not: far."
+    )
+    assert record(*rows, flags=("R̂ is 1.1.",)).verdict().startswith("No verdict: ref is flagged")
+    assert "can be compared" in record(row("other")).verdict()
+
+
+# The record
+
+
+def test_json_comes_back(compared):
+    text = compared.to_json()
+    again = Comparison.from_json(text)
+    assert again.to_json() == text
+    assert str(again) == str(compared)
+    assert again["exact"] == compared["exact"]
+    parsed = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no strict JSON"))
+    assert parsed["versions"]["torch"] == torch.__version__
+    assert parsed["rows"][0]["settings"]["chains"] == 4
+
+
+def test_json_goes_into_a_file(compared, tmp_path):
+    path = tmp_path / "deep" / "comparison.json"
+    text = compared.to_json(path)
+    assert path.read_text(encoding="utf-8") == text + "\n"
+
+
+def test_infinite_scores_survive_json():
+    one = record(row("worse", nll=math.inf))
+    again = Comparison.from_json(one.to_json())
+    assert again["worse"].scores["nll"].value == math.inf
+    assert again["worse"].nll_by_task == (math.inf,)
+    assert "inf" in str(again)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "fitted"}', '{"kind": "comparison"}'])
+def test_other_json_is_refused(text):
+    with pytest.raises(FileError, match="from_json"):
+        Comparison.from_json(text)
+
+
+def test_frame_has_one_row_per_fit(compared):
+    frame = compared.to_frame()
+    assert list(frame.index) == ["nuts", "exact", "no_pooling"]
+    assert frame.loc["exact", "nll"] == compared["exact"].scores["nll"].value
+    assert frame.loc["exact", "sd_ratio"] == compared["exact"].distance.sd_ratio
+    assert math.isnan(frame.loc["nuts", "nll_difference"])
+    assert (frame["seconds_fit"] > 0).all()
+
+
+def test_nll_by_task_has_the_persons_ids(compared):
+    by_task = compared.nll_by_task("exact")
+    assert list(by_task) == list(compared.ids)
+    mean = np.mean(list(by_task.values()))
+    assert mean == pytest.approx(compared["exact"].scores["nll"].value)
+
+
+def test_the_table_names_what_it_compares(compared):
+    text = str(compared)
+    assert "6 tasks" in text
+    assert "(1 more have none)" in text
+    assert text.count(" *") >= 4
+    assert "Distance d of q(φ | S) to nuts" in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_numbers_align():
+    assert digits_for([0.021, 0.3]) == 3
+    assert digits_for([math.nan]) == 3
+    assert digits_for([12.0]) == 1
+    assert plus_minus(1.15444, 0.0211, 3) == "1.154 ± 0.021"
+    assert plus_minus(-0.5, 0.1, 2, "+") == "-0.50 ± 0.10"
+    assert plus_minus(1.5, math.nan, 2) == "1.50"
+    assert plus_minus(math.inf, math.nan, 2) == "inf"
+    assert plus_minus(1.234e7, 1.0, 2) == "1.23e+07"
+    assert aligned(["", "b"], [["long", "1"], ["x", "22"]]) == ["       b", "long   1", "x     22"]
+
+
+# What is refused
+
+
+def test_arguments_that_cannot_be_used(fits, data):
+    with pytest.raises(DataError, match="one fit or more"):
+        compare({}, data)
+    with pytest.raises(DataError, match="by name; found Fitted"):
+        compare(fits["nuts"], data)
+    with pytest.raises(DataError, match="found NUTS under 'nuts'"):
+        compare({"nuts": inference.NUTS()}, data)
+    with pytest.raises(DataError, match="nearest name is 'nuts'"):
+        compare(fits, data, reference="nutz")
+    with pytest.raises(DataError, match="levels between 0 and 1"):
+        compare(fits, data, levels=(90,))
+    with pytest.raises(DataError, match="support and query"):
+        compare(fits, data.support)
+
+
+def test_data_without_a_query(fits, data):
+    empty = data.support.keep(torch.zeros(data.support.n_points, dtype=torch.bool))
+    with pytest.raises(DataError, match="no query row in any of 7 tasks"):
+        compare(fits, tasks.Episode(data.support, empty))
+    with pytest.raises(DataError, match="not split"):
+        compare(fits, tasks.TaskSet(data.support))
+
+
+def test_fits_of_other_columns_or_units(fits, data, model):
+    renamed = tasks.Tasks.from_flat(
+        data.support.flat_x, data.support.flat_y, data.support.task, 7, features=["w"]
+    )
+    other = inference.CompletePooling().fit(
+        models.VaryingEffects(fixed=["w"]), renamed, compile="graph", progress=False
+    )
+    with pytest.raises(DataError, match=r"features \['x'\].*'other'"):
+        compare({**fits, "other": other}, data)
+    bare = inference.CompletePooling().fit(model, data.support, compile="graph", progress=False)
+    with pytest.raises(DataError, match="units"):
+        compare({**fits, "bare": bare}, data)
+
+
+def test_compare_leaves_no_trace(fits, data, untouched):
+    with untouched():
+        compare(fits, data, reference="nuts", draws=50)
+
+
+def test_the_same_seed_gives_the_same_numbers(fits, data):
+    first, second = (compare(fits, data, reference="nuts", draws=100, seed=3) for _ in range(2))
+    assert [r.scores for r in first.rows] == [r.scores for r in second.rows]
+    assert [r.distance for r in first.rows] == [r.distance for r in second.rows]
+
+
+def test_a_point_reference_has_no_distances(fits, data):
+    point = dataclasses.replace(
+        fits["exact"], density=Delta(fits["exact"].posterior.density.loc), _cache={}
+    )
+    found = compare({"point": point, "exact": fits["exact"]}, data, reference="point")
+    assert found["exact"].distance is None
+    assert any("holds θ at a point" in note for note in found.notes)

@@ -1,0 +1,183 @@
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+
+from hbmeta import inference, models, plots, tasks
+from hbmeta.comparison import compare
+from hbmeta.errors import DataError
+from hbmeta.styles import styles_of
+
+SETTINGS = {"compile": "graph", "seed": 0, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def data():
+    random = np.random.default_rng(0)
+    counts = (1, 3, 3, 4, 20)
+    group = np.repeat(list("abcde"), counts)
+    x = random.normal(size=len(group))
+    y = np.repeat(random.normal(size=len(counts)), counts) + x + random.normal(size=len(group))
+    frame = pd.DataFrame({"group": group, "x": x, "y": y})
+    return tasks.from_frame(frame, group="group", x="x", y="y").split(support=0.6, seed=1)
+
+
+@pytest.fixture(scope="module")
+def fits(data):
+    model = models.VaryingEffects(varying=["intercept", "x"])
+    return {
+        "exact": inference.ExactLinear(prior=True).fit(model, data, **SETTINGS),
+        "no_pooling": inference.NoPooling().fit(model, data, **SETTINGS),
+        "complete_pooling": inference.CompletePooling().fit(model, data, **SETTINGS),
+        "maml": inference.MAML().fit(model, data, steps=30, **SETTINGS),
+    }
+
+
+@pytest.fixture(scope="module")
+def posteriors(fits):
+    return {name: fitted.posterior for name, fitted in fits.items()}
+
+
+def drawn(figure, label):
+    """x and y of the line of that label."""
+    (line,) = [x for axis in figure.axes for x in axis.get_lines() if x.get_label() == label]
+    return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+
+
+def test_forest_shows_the_means_in_the_order_of_the_reference(posteriors):
+    figure = plots.forest(posteriors, coordinate=1)
+    mean = posteriors["exact"].moments()["coefficients"][0][:, 1].numpy()
+    order = np.argsort(mean)
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == [posteriors["exact"].ids[i] for i in order[::-1]]
+    x, y = drawn(figure, "exact")
+    np.testing.assert_allclose(x[np.argsort(y)], mean[order])
+    assert figure.axes[0].get_xlabel() == "coefficients[1]"
+    other = posteriors["maml"].moments()["coefficients"][0][:, 1].numpy()
+    x, y = drawn(figure, "maml")
+    np.testing.assert_allclose(x[np.argsort(y)], other[order], rtol=1e-6)
+
+
+def test_forest_takes_some_tasks_another_order_and_a_label(posteriors):
+    figure = plots.forest(posteriors, ids=["d", "b"], reference="maml", label="slope (m/s)")
+    assert len(figure.axes[0].get_yticklabels()) == 2
+    assert figure.axes[0].get_xlabel() == "slope (m/s)"
+
+
+def test_forest_of_many_tasks_goes_into_columns(fits):
+    random = np.random.default_rng(0)
+    many = tasks.Tasks(random.normal(size=(91, 2, 1)), random.normal(size=(91, 2)), features=["x"])
+    figure = plots.forest({"exact": fits["exact"].adapt(many)})
+    assert len(figure.axes) == 3
+    shown = [t.get_text() for axis in figure.axes for t in axis.get_yticklabels()]
+    assert sorted(map(int, shown)) == list(range(91))
+    assert max(figure.get_size_inches()) < 13
+
+
+def test_intervals_are_quantiles_of_the_draws(posteriors):
+    figure = plots.forest({"exact": posteriors["exact"]}, interval=0.5)
+    (bars,) = figure.axes[0].collections
+    widths = sorted(segment[1, 0] - segment[0, 0] for segment in bars.get_segments())
+    sd = posteriors["exact"].moments()["coefficients"][1][:, 0].numpy()
+    # A central half of a Normal is 1.349 sd wide; 4,000 draws give it within 6 % (5 s.e.).
+    np.testing.assert_allclose(widths, np.sort(1.349 * sd), rtol=0.06)
+
+
+def test_shrinkage_leads_from_each_tasks_estimate_to_the_pooled_one(posteriors):
+    names = ("no_pooling", "complete_pooling", "exact")
+    figure = plots.shrinkage(*(posteriors[name] for name in names))
+    x, own = drawn(figure, "no pooling")
+    again, pooled = drawn(figure, "partial pooling, 90 % interval")
+    np.testing.assert_array_equal(x, again)
+    expected = posteriors["no_pooling"].moments()["coefficients"][0][:, 0].numpy()
+    np.testing.assert_allclose(own, expected, rtol=1e-6)
+    expected = posteriors["exact"].moments()["coefficients"][0][:, 0].numpy()
+    np.testing.assert_allclose(pooled, expected, rtol=1e-6)
+    counts = posteriors["exact"].support.counts.numpy()
+    assert (np.abs(np.log(x / counts)) < np.log((counts + 1) / counts) / 2).all()
+    assert len(set(x)) == len(x)
+    assert figure.axes[0].get_xscale() == "log"
+    plots.shrinkage(posteriors["no_pooling"], None, posteriors["maml"], coordinate=1)
+
+
+def test_shrinkage_names_what_a_task_alone_absorbs(fits):
+    random = np.random.default_rng(1)
+    group = np.repeat(list("abcd"), 4)
+    soil = np.repeat(random.normal(size=4), 4)
+    frame = pd.DataFrame({"group": group, "soil": soil, "y": soil + random.normal(size=16)})
+    support = tasks.from_frame(frame, group="group", x="soil", y="y")
+    model = models.VaryingEffects(fixed=["soil"])
+    none = inference.NoPooling().fit(model, support, **SETTINGS).posterior
+    figure = plots.shrinkage(none, None, none)
+    drawn(figure, "no pooling (absorbs soil)")
+    note = compare(
+        {
+            "exact": inference.ExactLinear(prior=True).fit(model, support, **SETTINGS),
+            "alone": inference.NoPooling().fit(model, support, **SETTINGS),
+        },
+        tasks.Episode(support.support, support.support),
+        reference="exact",
+    ).notes
+    assert any("alone: its φ absorbs" in text and "soil" in text for text in note)
+
+
+def test_scores_of_a_comparison(fits, data):
+    compared = compare(fits, data, reference="exact")
+    figure = plots.scores(compared)
+    assert len(figure.axes) == 3
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == list(fits)
+    assert figure.axes[1].get_xlabel() == "NLL − NLL of exact"
+    assert len(plots.scores(compare(fits, data)).axes) == 2
+
+
+def test_loss_and_its_running_mean(fits):
+    figure = plots.loss(fits["maml"], window=4)
+    history = np.array(fits["maml"].history)
+    x, y = drawn(figure, "mean of 4 steps")
+    slow = [history[i - 4 : i].mean() for i in range(4, len(history) + 1)]
+    np.testing.assert_allclose(y, slow)
+    np.testing.assert_array_equal(x, np.arange(4, len(history) + 1))
+    assert plots.loss(fits["maml"]).axes[0].get_xlabel() == "training step"
+
+
+def test_figures_are_saved_and_settings_stay(posteriors, tmp_path, untouched):
+    before = dict(mpl.rcParams)
+    with untouched():
+        figure = plots.forest(posteriors)
+    path = tmp_path / "forest.png"
+    figure.savefig(path)
+    assert dict(mpl.rcParams) == before
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert figure.dpi == 200
+
+
+def test_a_strategy_has_one_colour():
+    assert styles_of(["NUTS"])["NUTS"] == styles_of(["x", "nuts"])["nuts"]
+    names = ["nuts", "nuts_long", "AmortizedGuide", "mine", "yours", "NoPooling", "no_pooling_2"]
+    assert len(set(styles_of(names).values())) == len(names)
+
+
+def test_what_cannot_be_drawn_is_refused(posteriors, fits, data):
+    with pytest.raises(DataError, match="a posterior or more"):
+        plots.forest({})
+    with pytest.raises(DataError, match="reference as one of"):
+        plots.forest(posteriors, reference="nuts")
+    with pytest.raises(DataError, match=r"coefficients.*found 'w'"):
+        plots.forest(posteriors, site="w")
+    with pytest.raises(DataError, match="coordinate from 0 to 1"):
+        plots.forest(posteriors, coordinate=2)
+    with pytest.raises(DataError, match="'z9'"):
+        plots.forest(posteriors, ids=["z9"])
+    with pytest.raises(DataError, match="between 0 and 1"):
+        plots.forest(posteriors, interval=90)
+    with pytest.raises(DataError, match="same tasks"):
+        plots.shrinkage(posteriors["no_pooling"].select(["a"]), None, posteriors["exact"])
+    with pytest.raises(DataError, match="training history"):
+        plots.loss(fits["exact"])
+    with pytest.raises(DataError, match="window from 1 to 30"):
+        plots.loss(fits["maml"], window=31)
+    empty = data.support.keep(data.support.flat_x[:, 0] > 1e9)
+    nothing = fits["exact"].adapt(empty)
+    with pytest.raises(DataError, match="a task with support"):
+        plots.shrinkage(nothing, None, nothing)
