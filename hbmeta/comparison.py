@@ -23,7 +23,6 @@ from torch import Tensor
 
 from hbmeta.distances import (
     Distance,
-    constant_within,
     distance_between,
     given_theta,
     moments_of,
@@ -31,7 +30,6 @@ from hbmeta.distances import (
 )
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.fitted import Fitted
-from hbmeta.inference import NoPooling
 from hbmeta.inference.nuts import trouble
 from hbmeta.posterior import TaskPosterior
 from hbmeta.predictive import Predictive
@@ -309,12 +307,6 @@ def _distances(
         if against is None:
             why = "no varying local site" if sites else "no local site of the same name and shape"
             notes.append(f"{name}: no distance to {reference!r}: {why} in common")
-        absorbed = constant_within(fitted.tasks)
-        if against is not None and absorbed and isinstance(fitted.strategy, NoPooling):
-            notes.append(
-                f"{name}: its φ absorbs what is constant within tasks ({', '.join(absorbed)}), so "
-                "that its distance is not between like things"
-            )
         conditional = None
         if not fitted.drawn:
             exact, remark = given_theta(fitted, own.support, draws, seed)

@@ -14,7 +14,14 @@ from hbmeta.problem import Problem, parameter_names
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
 
-__all__ = ["LinearGaussian", "Mixture", "Particles", "linear_gaussian"]
+__all__ = [
+    "LinearGaussian",
+    "Mixture",
+    "Particles",
+    "linear_columns",
+    "linear_gaussian",
+    "probes",
+]
 
 
 class Particles(NamedTuple):
@@ -122,12 +129,7 @@ def linear_gaussian(
     """
     if not isinstance(density, Gaussian) or tasks.n_points == 0:
         return None
-    size = density.loc.shape[-1]
-    tril = torch.diag_embed(density.scale) if density.diagonal else density.scale
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(size, generator=generator, dtype=torch.float64).to(tril)
-    steps = torch.cat([torch.zeros_like(mix)[None], torch.eye(size).to(tril), 3 * mix[None]])
-    phi = density.loc + torch.einsum("tij,sj->sti", tril, steps)
+    phi, mix = probes(density)
     batch = problem.batch(tasks)
     found = problem.particle_response(theta, False, phi, batch)
     if type(found).__name__ != "Normal":
@@ -135,10 +137,39 @@ def linear_gaussian(
     mean, noise = (
         _rows(problem, batch, v.expand(found.batch_shape)) for v in (found.loc, found.scale)
     )
-    columns = mean[1:-1] - mean[0]
-    predicted = mean[0] + 3 * torch.einsum("s,sn->n", mix, columns)
-    scale = mean.abs().max() + 1e-12
-    tolerance = 1e-9 if mean.dtype == torch.float64 else 1e-5
-    linear = (mean[-1] - predicted).abs().max() <= tolerance * scale
+    columns = linear_columns(mean, mix)
+    tolerance = _tolerance(noise)
     constant = (noise - noise[0]).abs().max() <= tolerance * noise[0].abs().max()
-    return LinearGaussian(mean[0], columns, noise[0], tasks) if bool(linear & constant) else None
+    if columns is None or not bool(constant):
+        return None
+    return LinearGaussian(mean[0], columns, noise[0], tasks)
+
+
+def probes(density: Gaussian) -> tuple[Tensor, Tensor]:
+    """Points at which a function of φ shows whether it is linear: φ̂, φ̂ + L_j, and φ̂ + 3 Σ_j ρ_j L_j.
+
+    Returns:
+        the points (phi_size + 2, tasks, phi_size), and ρ (phi_size,).
+    """
+    size = density.loc.shape[-1]
+    tril = torch.diag_embed(density.scale) if density.diagonal else density.scale
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(size, generator=generator, dtype=torch.float64).to(tril)
+    steps = torch.cat([torch.zeros_like(mix)[None], torch.eye(size).to(tril), 3 * mix[None]])
+    return density.loc + torch.einsum("tij,sj->sti", tril, steps), mix
+
+
+def linear_columns(values: Tensor, mix: Tensor) -> Tensor | None:
+    """A_j = f(φ̂ + L_j) − f(φ̂) from values at the probes, or None where f is not linear.
+
+    f(φ̂ + L ε) is then f(φ̂) + Σ_j A_j ε_j, with variance Σ_j A_j².
+    """
+    columns = values[1:-1] - values[0]
+    predicted = values[0] + 3 * torch.einsum("s,s...->...", mix, columns)
+    scale = values.abs().max() + 1e-12
+    linear = (values[-1] - predicted).abs().max() <= _tolerance(values) * scale
+    return columns if bool(linear) else None
+
+
+def _tolerance(values: Tensor) -> float:
+    return 1e-9 if values.dtype == torch.float64 else 1e-5

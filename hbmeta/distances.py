@@ -24,7 +24,6 @@ from hbmeta.tasks import Tasks
 __all__ = [
     "Distance",
     "Moments",
-    "constant_within",
     "distance_between",
     "given_theta",
     "moments_of",
@@ -141,17 +140,3 @@ def given_theta(
     posterior = TaskPosterior(problem, fitted.theta, density, tasks, units=fitted.units)
     fewest = float(info["effective_draws"].min())
     return posterior, f"{fewest:.0f} effective draws" if fewest < 100 else ""
-
-
-def constant_within(tasks: Tasks) -> tuple[str, ...]:
-    """Columns of x that differ between tasks and never within one, such as a group's own predictor.
-
-    The coefficient of such a column is not identified when each task is fitted alone.
-    """
-    found = []
-    for index, name in enumerate(tasks.features):
-        column = tasks.flat_x[:, index]
-        first = column[tasks.offsets.clamp_max(max(tasks.n_points - 1, 0))][tasks.task]
-        if bool((column == first).all()) and bool((column != column[:1]).any()):
-            found.append(name)
-    return tuple(found)

@@ -79,8 +79,7 @@ class Feed:
         if isinstance(data, Episode):
             # Rows of the union come support first in each task, so the cut is a comparison of ranks.
             rank = (
-                torch.arange(tasks.n_points, device=device)
-                - tasks.offsets.to(device)[tasks.task]
+                torch.arange(tasks.n_points, device=device) - tasks.offsets.to(device)[tasks.task]
             )
             is_support = rank < data.support.counts.to(device)[tasks.task]
             self.given = is_support if layout == "flat" else tasks.pad(is_support) & tasks.mask

@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from hbmeta.distances import constant_within
 from hbmeta.errors import DataError
 from hbmeta.fitted import Fitted
 from hbmeta.posterior import TaskPosterior
@@ -171,10 +170,10 @@ def shrinkage(
     figure = Figure(figsize=(6.0, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.vlines(x, mean[used], alone[used], color=GREY, lw=0.5, zorder=1)
-    absorbed = constant_within(pooled.support)
-    own = "no pooling" + (f" (absorbs {', '.join(absorbed)})" if absorbed else "")
     grey, _ = STYLES["nopooling"]
-    axis.plot(x, alone[used], "o", mfc="white", mec=grey, mew=0.7, ms=3.2, label=own, zorder=2)
+    axis.plot(
+        x, alone[used], "o", mfc="white", mec=grey, mew=0.7, ms=3.2, label="no pooling", zorder=2
+    )
     blue, _ = STYLES["amortized"]
     axis.vlines(x, low[used], high[used], color=blue, lw=0.8, alpha=0.6, zorder=3)
     text = (

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hbmeta.components import Mixture, Particles, linear_gaussian
+from hbmeta.components import Mixture, Particles, linear_columns, linear_gaussian, probes
 from hbmeta.densities import Delta, Density, Empirical, Gaussian, equal_draws
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.predictive import Predictive
 from hbmeta.problem import Problem
 from hbmeta.program import Theta
+from hbmeta.sites import Site
 from hbmeta.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class TaskPosterior:
         particles = self.particles(draws, seed)
         batch = self.problem.batch(self.support)
         found = self.problem.particle_values(particles.theta, particles.drawn, particles.phi, batch)
-        sites = (*self.problem.sites.locals, *self.problem.sites.deterministic_local)
+        sites = self._local_sites
         shape = (particles.phi.shape[0], len(self.ids))
         out = {s.name: found[s.name].expand(*shape, *s.shape) for s in sites}
         return out, particles.log_weights
@@ -169,10 +170,18 @@ class TaskPosterior:
         return out
 
     def moments(self, draws: int = 4000, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-        """Posterior mean and sd (tasks, *shape) of every local site, constrained."""
-        values, weights = self.values(draws, seed)
-        out = {}
+        """Posterior mean and sd (tasks, *shape) of every local site, constrained.
+
+        Exact for sites that are linear in the φ of a Gaussian; otherwise from `draws` draws.
+        """
+        out = self._linear_moments()
+        values: dict[str, Tensor] = {}
+        weights = None
+        if len(out) < len(self._local_sites):
+            values, weights = self.values(draws, seed)
         for name, value in values.items():
+            if name in out:
+                continue
             if weights is None:
                 mean = value.mean(0)
                 spread = (value - mean).square().mean(0)
@@ -181,6 +190,24 @@ class TaskPosterior:
                 mean = (w * value).sum(0)
                 spread = (w * (value - mean).square()).sum(0)
             out[name] = (mean, spread.sqrt())
+        return out
+
+    @property
+    def _local_sites(self) -> tuple[Site, ...]:
+        return (*self.problem.sites.locals, *self.problem.sites.deterministic_local)
+
+    def _linear_moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        if not isinstance(self.density, Gaussian) or self.density.loc.shape[-1] > 64:
+            return {}
+        phi, mix = probes(self.density)
+        batch = self.problem.batch(self.support)
+        found = self.problem.particle_values(self.theta, False, phi, batch)
+        out = {}
+        for site in self._local_sites:
+            value = found[site.name].expand(phi.shape[0], len(self.ids), *site.shape)
+            columns = linear_columns(value, mix)
+            if columns is not None:
+                out[site.name] = (value[0], columns.square().sum(0).sqrt())
         return out
 
     def log_prob(self, phi: Mapping[str, Tensor]) -> Tensor:

@@ -195,7 +195,9 @@ class Staged:
             return "eager"
         nodes = 300 if plan.graph is None else len(plan.graph.graph.nodes)
         return (
-            "compiled" if left > 1.2 * (_SECONDS_TO_COMPILE + _SECONDS_PER_NODE * nodes) else "graph"
+            "compiled"
+            if left > 1.2 * (_SECONDS_TO_COMPILE + _SECONDS_PER_NODE * nodes)
+            else "graph"
         )
 
     def _check(self, args: Any, staged: list[Any], plan: _Plan) -> None:

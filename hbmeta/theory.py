@@ -8,13 +8,12 @@ q = (1 − αλ)^N, and the maximum a posteriori estimate under φ ~ N(φ₀, τ
 
     1/τ² = λ q / (1 − q) = λ / expm1(−N log1p(−αλ))
 
-Two forms of this in print are wrong. The second-order expansion is
-1/τ² = 1/(αN) − λ (N+1)/(2N) + …, not 1/(αN) − λ, which holds for N = 1 alone. The domain is 0 < αλ < 1, not 0 < αλ < 2: beyond 1 the
-iterates jump over φ̂ at every step and for odd N the "precision" is negative. In either form λ is
-the task's own, so that tasks of different size or design have different implied priors: early
-stopping is no single hierarchical prior unless αNλ → 0, and it does not maximise the marginal
-likelihood (with an infinite query MAML's φ₀ weights tasks by q_i², Type-II maximum likelihood by
-1 / (τ² + σ²/n_i)).
+Two forms of this in print are wrong. The expansion is 1/τ² = 1/(αN) − λ (N+1)/(2N) + …, not
+1/(αN) − λ, which holds for N = 1 alone. The domain is 0 < αλ < 1, not 0 < αλ < 2: beyond 1 the
+iterates jump over φ̂ at every step, and for odd N the "precision" is negative. In either form λ is
+the task's own, so tasks of different size or design have different implied priors: early stopping
+is no single hierarchical prior unless αNλ → 0, and it does not maximise the marginal likelihood
+(with an infinite query MAML's φ₀ weights tasks by q_i², Type-II by 1 / (τ² + σ²/n_i)).
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ class SignedPrecision:
 
     Attributes:
         precision: 1/τ² where positive; 0 is a flat prior, infinity a point, negative is no prior.
-        oscillating: whether αλ > 1, so that the iterates lie on alternating sides of the optimum
-            and agree with an estimate under a prior by coincidence only.
+        oscillating: whether αλ > 1: iterates on alternating sides agree with a prior by accident.
     """
 
     precision: float
@@ -172,45 +170,37 @@ def implied_prior_precision(
     p = torch.eye(size, dtype=torch.float64) if preconditioner is None else preconditioner
     p = torch.as_tensor(p, dtype=torch.float64)
     p = _symmetric(torch.diag(p) if p.ndim == 1 else p, "preconditioner", where)
-    if p.shape != h.shape:
-        raise DataError(
-            where,
-            needed=f"a preconditioner of shape {(size, size)} or {(size,)}",
-            found=f"shape {tuple(p.shape)}",
-            do="Give it one row per parameter.",
-        )
     root, failed = torch.linalg.cholesky_ex(p)
-    if int(failed):
+    if p.shape != h.shape or int(failed):
         raise DataError(
             where,
-            needed="a positive definite preconditioner (else no prior gives the iterate)",
-            found=f"smallest eigenvalue {float(torch.linalg.eigvalsh(p)[0]):.3g}",
-            do="Use positive step sizes.",
+            needed=f"a positive definite preconditioner of shape {(size, size)} or {(size,)}",
+            found=f"shape {tuple(p.shape)}, eigenvalues {torch.linalg.eigvalsh(p).tolist()}",
+            do="Use a positive step size per parameter; no prior gives the iterate otherwise.",
         )
     k, u = torch.linalg.eigh(step_size * root.T @ h @ root)
-    largest = float(k[-1])
-    if float(k[0]) < -1e-9 * max(largest, 1e-300):
+    if float(k[0]) < -1e-9 * max(float(k[-1]), 1e-300):
         raise DataError(
             where,
             needed="a positive semi-definite hessian",
             found=f"smallest eigenvalue {float(torch.linalg.eigvalsh(h)[0]):.3g}",
             do="Take the curvature at a minimum, or its Gauss-Newton form.",
         )
-    if largest >= 1.0:
+    if float(k[-1]) >= 1.0:
         raise DataError(
             where,
             needed="steps times curvature below 1 in every direction",
-            found=f"largest eigenvalue {largest:g}",
+            found=f"largest eigenvalue {float(k[-1]):g}",
             do="Lower step_size.",
         )
-    f = torch.from_numpy(np.asarray(_precision(k.clamp_min(0.0).numpy(), steps)))
+    f = torch.from_numpy(_precision(k.clamp_min(0.0).numpy(), steps))
     whitened = torch.linalg.solve_triangular(root.T, u, upper=True)
     precision: Tensor = (whitened * f) @ whitened.T / step_size
     return 0.5 * (precision + precision.T)
 
 
 def scaled_step_size(step_size: float, n: int, noise: float | None, reduction: Reduction) -> float:
-    """The step size on the summed negative log-likelihood that does what `step_size` does on a loss.
+    """The step on the summed negative log-likelihood that does what `step_size` does on a loss.
 
     If the loss is s times the sum (and a constant), a step α on it is a step sα on the sum:
 

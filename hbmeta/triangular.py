@@ -61,7 +61,5 @@ def covariance_factor(precision: Tensor) -> Tensor:
 
 def _assemble(entry: dict[tuple[int, int], Tensor], size: int) -> Tensor:
     zero = torch.zeros_like(entry[0, 0])
-    rows = [
-        torch.stack([entry.get((i, j), zero) for j in range(size)], -1) for i in range(size)
-    ]
+    rows = [torch.stack([entry.get((i, j), zero) for j in range(size)], -1) for i in range(size)]
     return torch.stack(rows, -2)

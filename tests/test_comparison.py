@@ -13,7 +13,7 @@ import torch
 from hbmeta import inference, models, tasks
 from hbmeta.comparison import Comparison, compare
 from hbmeta.densities import Delta, Gaussian
-from hbmeta.distances import Distance, constant_within, distance_between, shared_sites
+from hbmeta.distances import Distance, distance_between, shared_sites
 from hbmeta.errors import DataError, FileError
 from hbmeta.records import Row, Score
 from hbmeta.scores import crps_normal
@@ -272,12 +272,6 @@ def test_programs_without_a_common_site_are_noted(fits, data):
     assert found["other"].distance is None
     assert any("no local site" in note for note in found.notes)
     assert found["other"].distance_given_theta.mean_difference < 1e-6
-
-
-def test_columns_constant_within_tasks():
-    x = [[[1.0, 5.0, 2.0], [2.0, 5.0, 2.0]], [[1.0, 6.0, 2.0], [2.0, 6.0, 2.0]]]
-    batch = tasks.Tasks(x, [[0.0, 1.0], [2.0, 3.0]], features=["own", "group", "same"])
-    assert constant_within(batch) == ("group",)
 
 
 # Flags and the verdict

@@ -41,7 +41,7 @@ def strategy_of(strategy, name, *, small):
         return inference.MAML(steps=3, step_size=0.05), {"steps": 2 if small else 20}
     if strategy == "AmortizedGuide":
         return inference.AmortizedGuide(hidden=16), {"steps": 2 if small else 20}
-    return getattr(inference, strategy)(), {"compile": "graph"}
+    return getattr(inference, strategy)(), {}
 
 
 def fit(strategy, name, *, small=False):

@@ -100,27 +100,6 @@ def test_shrinkage_leads_from_each_tasks_estimate_to_the_pooled_one(posteriors):
     plots.shrinkage(posteriors["no_pooling"], None, posteriors["maml"], coordinate=1)
 
 
-def test_shrinkage_names_what_a_task_alone_absorbs(fits):
-    random = np.random.default_rng(1)
-    group = np.repeat(list("abcd"), 4)
-    soil = np.repeat(random.normal(size=4), 4)
-    frame = pd.DataFrame({"group": group, "soil": soil, "y": soil + random.normal(size=16)})
-    support = tasks.from_frame(frame, group="group", x="soil", y="y")
-    model = models.VaryingEffects(fixed=["soil"])
-    none = inference.NoPooling().fit(model, support, **SETTINGS).posterior
-    figure = plots.shrinkage(none, None, none)
-    drawn(figure, "no pooling (absorbs soil)")
-    note = compare(
-        {
-            "exact": inference.ExactLinear(prior=True).fit(model, support, **SETTINGS),
-            "alone": inference.NoPooling().fit(model, support, **SETTINGS),
-        },
-        tasks.Episode(support.support, support.support),
-        reference="exact",
-    ).notes
-    assert any("alone: its φ absorbs" in text and "soil" in text for text in note)
-
-
 def test_scores_of_a_comparison(fits, data):
     compared = compare(fits, data, reference="exact")
     figure = plots.scores(compared)

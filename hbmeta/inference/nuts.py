@@ -155,6 +155,7 @@ class NUTS(Strategy):
             "seconds_sampling": found.seconds,
             "diverging": found.diverging,
             "log_density": found.log_density,
+            "tree_depth": found.tree_depth,
             "step_size": found.step_size,
         }
         draws = arviz.convert_to_dataset(found.draws.numpy())

@@ -1,12 +1,13 @@
 """The two baselines that every table needs: each task alone, and one φ for all.
 
-Model: y_ij ~ p(y | φ_i, θ); the task prior p(φ | θ) is dropped.
-Estimator: maximum of Σ_i log p(y_i | φ_i, θ) + log p(θ), over θ and either every φ_i (no pooling) or
-one φ = φ_i for all i (complete pooling).
+Model: y_ij ~ p(y | φ_i, θ); the priors p(φ | θ) and p(θ) are dropped.
+Estimator: maximum of Σ_i log p(y_i | φ_i, θ) over θ and either every φ_i (no pooling) or one φ = φ_i
+for all i (complete pooling).
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,9 @@ from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, Options, prior_scales
 
+# In units of a prior's scale; a log scale that moved so far is on its way to infinity.
+_FAR = 15.0
+
 __all__ = ["CompletePooling", "NoPooling"]
 
 
@@ -30,9 +34,10 @@ __all__ = ["CompletePooling", "NoPooling"]
 class NoPooling(Strategy):
     """q(φ | S) = δ at the maximum of the task's own likelihood.
 
-    Keeps p(y | φ, θ) and p(θ); replaces p(φ | θ) by a flat prior. Level-1 parameters that all tasks
+    Keeps p(y | φ, θ); replaces p(φ | θ) and p(θ) by flat priors. Level-1 parameters that all tasks
     share (a slope, a noise scale) are estimated together, as in Gelman and Hill's no-pooling
-    regression. Exact as maximum likelihood. A task without data stays at the location of the prior;
+    regression; what the likelihood does not identify (the coefficient of a column that is constant
+    within groups) is chosen by the joint mode. Exact as maximum likelihood. A task without data stays at the location of the prior;
     a likelihood without a maximum (all answers "yes") stops where `iterations` end.
 
     Args:
@@ -73,7 +78,7 @@ class NoPooling(Strategy):
 class CompletePooling(Strategy):
     """q(φ | S) = δ at one φ for all tasks, whatever their support.
 
-    Keeps p(y | φ, θ) and p(θ); replaces p(φ | θ) by a point shared by all tasks. Exact as maximum
+    Keeps p(y | φ, θ); replaces p(φ | θ) by a point shared by all tasks, and p(θ) by a flat prior. Exact as maximum
     likelihood of the pooled data.
 
     References:
@@ -111,7 +116,13 @@ class CompletePooling(Strategy):
 def _fit(
     problem: Problem, batch: Batch, options: Options, name: str, spread: Any, n_free: int
 ) -> tuple[Theta, Tensor, dict[str, Any], float]:
-    """θ and φ at the maximum of Σ log p(y | φ, θ) + log p(θ)."""
+    """θ and φ at the maximum of Σ log p(y | φ, θ), reached from the mode of the joint density.
+
+    The likelihood alone does not choose between, say, an intercept of a group and the coefficient of
+    a column that is constant within groups: any point of a ridge is a maximum. Coming from the mode
+    of p(y, φ, θ), the search keeps the point of the ridge that the priors like, because a ridge has
+    no slope along itself.
+    """
     start = problem.theta(batch)
     scales = prior_scales(problem, start, batch)
     names = list(start)
@@ -129,14 +140,32 @@ def _fit(
 
     n_rows = max(int(batch.mask.sum()), 1)
 
-    def objective(vector: Tensor) -> Tensor:
+    def minus_joint(vector: Tensor) -> Tensor:
         theta, phi = unpack(vector)
-        likelihood, _, prior = problem.terms(theta, phi, batch)
-        return -(likelihood.sum() + prior) / n_rows
+        likelihood, local, prior = problem.terms(theta, phi, batch)
+        return -(likelihood.sum() + local.sum() * (n_free / batch.n_tasks) + prior) / n_rows
+
+    def minus_likelihood(vector: Tensor) -> Tensor:
+        theta, phi = unpack(vector)
+        return -problem.log_likelihood(theta, phi, batch).sum() / n_rows
 
     first = torch.zeros(sum(sizes) + n_free * phi_size, dtype=problem.dtype, device=problem.device)
-    found = minimise(objective, first, where=f"{name}.fit", tier=options.tier)
+    where = f"{name}.fit"
+    mode = minimise(minus_joint, first, where=where, tier=options.tier)
+    found = minimise(minus_likelihood, mode.point, where=where, tier=options.tier)
     with torch.no_grad():
         theta, phi = unpack(found.point)
-    info = {"converged": found.converged, "evaluations": found.evaluations}
-    return theta, phi, info, found.seconds_staging
+    unbounded = float(found.point.abs().max()) > _FAR
+    if unbounded:
+        warnings.warn(
+            f"{name}: the likelihood has no maximum (a parameter moved {_FAR:g} scales of its prior "
+            "and was still moving): some task has as many parameters as points, or equal answers. "
+            "A strategy with a task prior has no such trouble.",
+            stacklevel=4,
+        )
+    info = {
+        "converged": found.converged,
+        "evaluations": mode.evaluations + found.evaluations,
+        "unbounded": unbounded,
+    }
+    return theta, phi, info, mode.seconds_staging + found.seconds_staging

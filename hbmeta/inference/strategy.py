@@ -13,9 +13,10 @@ A method that is no gradient descent on a loss overrides `learn` instead (a samp
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,6 +34,8 @@ from hbmeta.program import Batch, Program, Theta
 from hbmeta.staging import tier_of
 from hbmeta.tasks import Tasks, TaskSet
 from hbmeta.training import Learned, Options, train
+
+_CELLS_FOR_THREADS = 50_000
 
 __all__ = ["Strategy"]
 
@@ -185,7 +188,8 @@ class Strategy(abc.ABC):
             theta_learning_rate=theta_learning_rate, decay=decay, seed=seed, tier=tier,
             checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
-        learned = self.learn(problem, tasks, options)
+        with _threads_for(known):
+            learned = self.learn(problem, tasks, options)
         schema = tasks.schema if isinstance(tasks, TaskSet) else None
         return Fitted(
             strategy=self,
@@ -216,6 +220,18 @@ class Strategy(abc.ABC):
                 found=f"NaN or infinity for task {bad!r}",
                 do="Lower step_size, or standardise x and y.",
             )
+
+
+@contextlib.contextmanager
+def _threads_for(tasks: Tasks) -> Iterator[None]:
+    """One thread for small data: a second one waits more than it works, and much more on a busy machine."""
+    before = torch.get_num_threads()
+    small = tasks.device.type == "cpu" and tasks.n_tasks * tasks.max_points < _CELLS_FOR_THREADS
+    try:
+        torch.set_num_threads(1 if small else before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _detached(density: Density) -> Density:

@@ -172,7 +172,7 @@ def means_problem(counts, seed=0, spread=0.8, noise=0.5):
 def test_type_two_maximum_likelihood(counts):
     """Against the root of the score, to the tolerance of L-BFGS (gradient 1e-7 per row)."""
     tasks, means, model = means_problem(counts)
-    fitted = ExactLinear().fit(model, tasks, compile="graph")
+    fitted = ExactLinear().fit(model, tasks, compile=False)
     mean, variance, negative = reference.type_two(means, counts, 0.25)
     found = fitted.globals()
     assert float(found["mean"]) == pytest.approx(mean, abs=2e-5)
@@ -194,7 +194,7 @@ def test_varying_effects_reach_the_same_maximum():
     counts = (3, 6, 4, 5, 2, 6, 4, 5)
     tasks, _, _ = means_problem(counts, seed=3)
     tasks = Tasks.from_flat(tasks.flat_x[:, :0], tasks.flat_y, tasks.task, tasks.n_tasks)
-    fitted = ExactLinear().fit(models.VaryingEffects(), tasks, compile="graph")
+    fitted = ExactLinear().fit(models.VaryingEffects(), tasks, compile=False)
     each = [rows_of(tasks, i)[1] for i in range(tasks.n_tasks)]
 
     def objective(theta):
@@ -215,7 +215,7 @@ def test_zero_variance_between_tasks_is_flagged():
     tasks, means, model = means_problem((4,) * 6, seed=2, spread=0.0)
     assert reference.type_two(means, np.full(6, 4), 0.25)[1] == 0.0
     with pytest.warns(UserWarning, match="the estimate of scale is zero"):
-        fitted = ExactLinear().fit(model, tasks, compile="graph")
+        fitted = ExactLinear().fit(model, tasks, compile=False)
     assert fitted.info["at_zero"] == ["scale"]
     assert float(fitted.globals()["scale"]) < 0.01
     assert float(fitted.globals()["mean"]) == pytest.approx(means.mean(), abs=1e-4)
@@ -229,7 +229,7 @@ def test_prior_on_theta_gives_the_dense_mode():
     counts = (2, 5, 10, 1, 4, 7)
     tasks, _, _ = means_problem(counts)
     model = models.LinearRegression(noise=0.5, prior_mean_scale=0.5, prior_scale=0.3)
-    fitted = ExactLinear(prior=True).fit(model, tasks, compile="graph")
+    fitted = ExactLinear(prior=True).fit(model, tasks, compile=False)
 
     def objective(theta):
         mean, tau = theta[0], np.exp(theta[1])
@@ -294,7 +294,7 @@ def test_three_strategies_agree_on_the_same_program():
     """
     tasks = replace(FAMILY, shots=5).sample(40, seed=2).support
     model = models.LinearRegression()
-    exact = ExactLinear(prior=True).fit(model, tasks, compile="graph")
+    exact = ExactLinear(prior=True).fit(model, tasks, compile=False)
     nuts = NUTS(draws=500, chains=4).fit(model, tasks, seed=0)
     guide = AmortizedGuide().fit(model, tasks, steps=3000, learning_rate=3e-3)
     at = exact.adapt(tasks).density
