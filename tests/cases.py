@@ -14,8 +14,9 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
+from torch.distributions import constraints
 
 from hbmeta import models
 from hbmeta.tasks import Tasks
@@ -134,13 +135,15 @@ class SharedUnit(PyroModule):
         self.weight = nn.Parameter(torch.tensor([[0.3]]))
         self.gain = nn.Parameter(torch.tensor(0.5))
         self.start = nn.Parameter(torch.tensor(0.0))
+        # A constrained one: Pyro would read it from its global store.
+        self.noise = PyroParam(torch.tensor(0.3), constraint=constraints.positive)
 
     def forward(self, x, y=None):
         with pyro.plate("task", x.shape[0], dim=-2):
             offset = pyro.sample("offset", dist.Normal(self.start, 1.0))
             with pyro.plate("point", x.shape[1], dim=-1):
                 mean = self.gain * torch.tanh(x @ self.weight).squeeze(-1) + offset
-                return pyro.sample("y", dist.Normal(mean, 0.3), obs=y)
+                return pyro.sample("y", dist.Normal(mean, self.noise), obs=y)
 
 
 # Data

@@ -14,7 +14,7 @@ from hbmeta.errors import UnsupportedModelError
 from hbmeta.problem import Problem
 from hbmeta.tasks import Tasks
 from tests import reference
-from tests.cases import case, rows_of
+from tests.cases import RATE_RATE, RATE_SHAPE, case, rows_of
 
 
 def problem_of(name):
@@ -126,6 +126,34 @@ def test_theta_may_hold_draws_and_points():
             info["log_evidence"][s], alone["log_evidence"], rtol=0.0, atol=0.5
         )
     assert known.tasks.n_tasks == density.phi.shape[1]
+
+
+def test_one_proposal_per_theta_is_drawn_by_its_weight():
+    """Gamma–Poisson with a level-1 site of which all draws are the same: φ_s is from p(φ | S, θ).
+
+    20,000 draws, of which the 16 proposals each are Student-t: 5 standard errors of mean and sd.
+    """
+
+    def program(x, y=None):
+        rate_rate = pyro.sample("rate_rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("task", x.shape[0], dim=-2):
+            rate = pyro.sample("rate", dist.Gamma(RATE_SHAPE, rate_rate))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    known = case("gamma_poisson")
+    # Few data, so that the posterior of log rate is visibly skewed.
+    tasks = known.tasks.keep(known.tasks.leading(torch.arange(18.0), torch.tensor([1, 1, 1, 1])))
+    problem = Problem(program, tasks)
+    theta = {"rate_rate": torch.full((20_000,), math.log(RATE_RATE), dtype=torch.float64)}
+    density, _ = conditional_over_draws(problem, theta, problem.batch(tasks))
+    rate = density.phi[..., 0].exp()
+    shape = RATE_SHAPE + tasks.flat_y
+    mean, sd = shape / (RATE_RATE + 1), shape.sqrt() / (RATE_RATE + 1)
+    assert bool(((rate.mean(0) - mean).abs() < 5 * sd / 20_000**0.5).all())
+    # Var of a sample sd: (κ − 1)/(4n) with κ = 3 + 6/shape the kurtosis of a Gamma.
+    error = sd * ((2 + 6 / shape) / 80_000).sqrt()
+    assert bool(((rate.std(0) - sd).abs() < 5 * error).all())
 
 
 def test_same_seed_same_draws_and_no_trace(untouched):

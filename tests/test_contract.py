@@ -125,8 +125,8 @@ def test_matrix_is_complete():
 def test_same_seed_gives_the_same_bits_and_leaves_no_trace(strategy, name, untouched):
     # Parameters of these names in the store must neither be read nor written.
     with pyro.get_param_store().scope():
-        for parameter in ("weight", "start", "mu"):
-            pyro.get_param_store().setdefault(parameter, torch.full((1, 2), 77.0))
+        for parameter in ("noise", "weight", "mu"):
+            pyro.get_param_store().setdefault(parameter, torch.tensor(77.0))
         # What has no small fit need not do the large one three times.
         made = fit_once(strategy, name)[0] if strategy in CLOSED else None
         runs = []
