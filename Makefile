@@ -42,7 +42,7 @@ format: $(INSTALLED)  ## rewrite the files in the project's style
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED)  ## the benchmarks
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 clean:  ## remove what the other targets made, .venv and results included
 	rm -rf .venv results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,7 +36,7 @@ def describe(seed: int) -> str:
 def interleaved(
     work: Mapping[str, Callable[[], object]], *, rounds: int = 15, seconds: float = 0.15
 ) -> dict[str, float]:
-    """Median seconds per call of each, measured in turn so that a drifting machine hits all alike."""
+    """Median seconds per call of each, measured in turn: a drifting machine hits all alike."""
     repeats = {}
     for name, call in work.items():
         call()

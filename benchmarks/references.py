@@ -1,6 +1,6 @@
 """NUTS against stored reference posteriors: radon in three ways, and eight schools.
 
-    python benchmarks/references.py            (needs $HBMETA_DATA or ../shared/data)
+    python -m benchmarks.references            (needs $HBMETA_DATA or ../shared/data)
 
 A parameter agrees where its mean lies within 0.1 reference sd and its sd within 10 %. With a bulk
 effective sample size of 4,000 the standard error of a mean is at most 0.016 sd (0.019 where the
@@ -107,22 +107,18 @@ def compare(
     return rows
 
 
-def radon_reference(folder: Path) -> dict[str, tuple[float, float]]:
-    """Mean and sd of every parameter, exact up to quadrature."""
-    path = (
-        folder
-        / "reference_hierarchical/computed/radon_mn-radon_hierarchical_intercept.moments.json"
-    )
+def moments(path: Path) -> dict[str, tuple[float, float]]:
+    """Stored mean and sd of every parameter."""
     stored = json.loads(path.read_text())
     sd_key = next(key for key in stored if "sd" in key or "std" in key)
-    return dict(
-        zip(stored["names"], zip(stored["mean_value"], stored[sd_key], strict=True), strict=True)
-    )
+    pairs = zip(stored["mean_value"], stored[sd_key], strict=True)
+    return dict(zip(stored["names"], pairs, strict=True))
 
 
 def radon(folder: Path, draws: int = DRAWS, chains: int = 4) -> list[Agreement]:
-    """The hierarchical intercept as a person's own program in both layouts and as VaryingEffects."""
-    reference = radon_reference(folder)
+    """Hierarchical intercepts: a person's own program in both layouts, and VaryingEffects."""
+    name = "radon_mn-radon_hierarchical_intercept.moments.json"
+    reference = moments(folder / "reference_hierarchical" / "computed" / name)
     rows = []
     for label, program in (
         ("own program, nested", radon_nested),
@@ -152,11 +148,8 @@ def radon(folder: Path, draws: int = DRAWS, chains: int = 4) -> list[Agreement]:
 
 def schools(folder: Path, draws: int = DRAWS, chains: int = 4) -> list[Agreement]:
     """Eight schools, non-centered, against posteriordb's draws; τ on the log scale."""
-    path = (
-        folder
-        / "posteriordb/reference_posteriors/draws/draws/eight_schools-eight_schools_noncentered.json.zip"
-    )
-    stored = read_zip(path)
+    draws_folder = folder / "posteriordb/reference_posteriors/draws/draws"
+    stored = read_zip(draws_folder / "eight_schools-eight_schools_noncentered.json.zip")
     reference = {}
     for name in stored[0]:
         values = np.concatenate([np.asarray(chain[name]) for chain in stored])
@@ -174,13 +167,15 @@ def schools(folder: Path, draws: int = DRAWS, chains: int = 4) -> list[Agreement
 def table(rows: list[Agreement]) -> str:
     """One line per program."""
     lines = [
-        "| program | parameters | agree | smallest ESS | largest R̂ | largest shift of a mean (sd) | sd ratio |",
+        "| program | parameters | agree | smallest ESS | largest R̂ "
+        "| largest shift of a mean (sd) | sd ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for program in dict.fromkeys(row.program for row in rows):
         own = [row for row in rows if row.program == program]
         lines.append(
-            f"| {program} | {len(own)} | {sum(r.agrees for r in own)} | {min(r.ess_bulk for r in own):,.0f} "
+            f"| {program} | {len(own)} | {sum(r.agrees for r in own)} "
+            f"| {min(r.ess_bulk for r in own):,.0f} "
             f"| {max(r.r_hat for r in own):.4f} | {max(r.shift for r in own):.3f} "
             f"| {min(r.ratio for r in own):.3f} to {max(r.ratio for r in own):.3f} |"
         )

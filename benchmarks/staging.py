@@ -1,9 +1,10 @@
 """What staging buys: log joint with gradient, MAML meta-gradient, and NUTS, against eager Pyro.
 
-    python benchmarks/staging.py [--quick]
+    python -m benchmarks.staging [--quick]
 
-All in one process on one thread, interleaved. "eager Pyro" is Pyro's own machinery: `poutine.condition`
-and `trace.log_prob_sum` with validation off for the log joint, `pyro.infer.NUTS` for sampling.
+All in one process on one thread, interleaved. "eager Pyro" is Pyro's own machinery:
+`poutine.condition` and `trace.log_prob_sum` with validation off for the log joint,
+`pyro.infer.NUTS` for sampling.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from benchmarks.programs import SinusoidNetwork, radon_flat, radon_nested, radon
 from hbmeta.inference import MAML, NUTS
 from hbmeta.inference.nuts import log_density
 from hbmeta.problem import Problem
-from hbmeta.program import Batch
+from hbmeta.program import Batch, Layout
 from hbmeta.staging import Staged
 from hbmeta.tasks import Tasks
 
@@ -84,42 +85,50 @@ def bench_log_joint() -> list[str]:
         "| layout | dtype | eager Pyro | staged | times faster | relative difference |",
         "|---|---|---|---|---|---|",
     ]
-    for program, layout in ((radon_nested, "nested"), (radon_flat, "flat")):
+    programs: list[tuple[Callable[..., None], Layout]] = [
+        (radon_nested, "nested"),
+        (radon_flat, "flat"),
+    ]
+    for program, layout in programs:
         for dtype in (torch.float32, torch.float64):
-            tasks = radon_tasks().to(dtype=dtype)
-            torch.set_default_dtype(dtype)
-            problem = Problem(program, tasks, layout=layout)  # type: ignore[arg-type]
-            batch = problem.batch(tasks)
-            theta = problem.theta(batch)
-            generator = torch.Generator().manual_seed(SEED)
-            vector = (0.1 * torch.randn(90, generator=generator, dtype=torch.float64)).to(dtype)
-
-            def staged_function(
-                v: Tensor, b: Batch, problem: Problem = problem, theta: dict[str, Tensor] = theta
-            ) -> tuple[Tensor, Tensor]:
-                return log_density(problem, theta, v, b)
-
-            run = Staged(staged_function, tier="compiled").flat(vector, batch)
-            data = [t for t in (batch.x, batch.y, batch.weight, batch.task) if t is not None]
-            eager = pyro_log_density(program, batch)
-            with pyro.validation_enabled(False):
-                seconds = interleaved(
-                    {"eager": lambda: eager(vector), "staged": lambda: run(vector, *data)}
-                )
-                value, gradient = eager(vector)
-                # The program itself, in the same precision, is what the graph must equal.
-                own_value, own_gradient = log_density(problem, theta, vector, batch)
-            staged_value, staged_gradient = run(vector, *data)
-            difference = max(
-                relative(value, staged_value), relative(gradient, staged_gradient),
-                relative(own_value, staged_value), relative(own_gradient, staged_gradient),
-            )  # fmt: skip
-            lines.append(
-                f"| {layout} | {str(dtype).removeprefix('torch.')} | {1e6 * seconds['eager']:.0f} | {1e6 * seconds['staged']:.1f} "
-                f"| {seconds['eager'] / seconds['staged']:.1f} | {difference:.1e} |"
-            )
+            lines.append(log_joint_row(program, layout, dtype))
     torch.set_default_dtype(torch.float32)
     return lines
+
+
+def log_joint_row(program: Callable[..., None], layout: Layout, dtype: torch.dtype) -> str:
+    """One layout in one precision; leaves `dtype` as the default."""
+    tasks = radon_tasks().to(dtype=dtype)
+    torch.set_default_dtype(dtype)
+    problem = Problem(program, tasks, layout=layout)
+    batch = problem.batch(tasks)
+    theta = problem.theta(batch)
+    generator = torch.Generator().manual_seed(SEED)
+    vector = (0.1 * torch.randn(90, generator=generator, dtype=torch.float64)).to(dtype)
+
+    def staged_function(v: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
+        return log_density(problem, theta, v, b)
+
+    run = Staged(staged_function, tier="compiled").flat(vector, batch)
+    data = [t for t in (batch.x, batch.y, batch.weight, batch.task) if t is not None]
+    eager = pyro_log_density(program, batch)
+    with pyro.validation_enabled(False):
+        seconds = interleaved(
+            {"eager": lambda: eager(vector), "staged": lambda: run(vector, *data)}
+        )
+        value, gradient = eager(vector)
+        # The program itself, in the same precision, is what the graph must equal.
+        own_value, own_gradient = log_density(problem, theta, vector, batch)
+    staged_value, staged_gradient = run(vector, *data)
+    difference = max(
+        relative(value, staged_value), relative(gradient, staged_gradient),
+        relative(own_value, staged_value), relative(own_gradient, staged_gradient),
+    )  # fmt: skip
+    return (
+        f"| {layout} | {str(dtype).removeprefix('torch.')} "
+        f"| {1e6 * seconds['eager']:.0f} | {1e6 * seconds['staged']:.1f} "
+        f"| {seconds['eager'] / seconds['staged']:.1f} | {difference:.1e} |"
+    )
 
 
 def bench_maml() -> list[str]:
@@ -155,20 +164,24 @@ def bench_maml() -> list[str]:
     )
     difference = max(relative(a, b) for a, b in zip(eager_gradient, gradient, strict=True))
     return [
-        "MAML meta-gradient: 25 tasks, 10 shots, 5 second-order steps, 1-40-40-1 network, float32, milliseconds",
+        "MAML meta-gradient: 25 tasks, 10 shots, 5 second-order steps, 1-40-40-1 network, float32, "
+        "milliseconds",
         "",
         "| tier | ms | times faster | seconds to stage |",
         "|---|---|---|---|",
         f"| eager | {1e3 * seconds['eager']:.2f} | 1.0 | 0 |",
-        f"| graph | {1e3 * seconds['graph']:.2f} | {seconds['eager'] / seconds['graph']:.1f} | {graph.seconds_staging:.1f} |",
-        f"| compiled | {1e3 * seconds['compiled']:.2f} | {seconds['eager'] / seconds['compiled']:.1f} | {compiled.seconds_staging:.1f} |",
+        f"| graph | {1e3 * seconds['graph']:.2f} | {seconds['eager'] / seconds['graph']:.1f} "
+        f"| {graph.seconds_staging:.1f} |",
+        f"| compiled | {1e3 * seconds['compiled']:.2f} "
+        f"| {seconds['eager'] / seconds['compiled']:.1f} | {compiled.seconds_staging:.1f} |",
         "",
-        f"relative difference of the loss {relative(eager_value, value):.1e}, of the gradient {difference:.1e}",
+        f"relative difference of the loss {relative(eager_value, value):.1e}, "
+        f"of the gradient {difference:.1e}",
     ]
 
 
 def ess(draws: np.ndarray) -> tuple[float, float]:
-    """Smallest and median bulk effective sample size over the coordinates of (chains, draws, size)."""
+    """Smallest and median bulk effective sample size over coordinates of (chains, draws, size)."""
     found = arviz.ess(arviz.convert_to_dataset(draws), method="bulk")["x"].values
     return float(found.min()), float(np.median(found))
 
@@ -204,9 +217,11 @@ def bench_nuts(quick: bool) -> list[str]:
     tasks = radon_tasks()
     transitions = 100 if quick else 500
     lines = [
-        "NUTS on radon (90 parameters, flat layout, float64): effective draws per second, warm-up counted",
+        "NUTS on radon (90 parameters, flat layout, float64): effective draws per second, "
+        "warm-up counted",
         "",
-        "| sampler | transitions | seconds | smallest ESS | median ESS | smallest ESS/s | median ESS/s |",
+        "| sampler | transitions | seconds | smallest ESS | median ESS | smallest ESS/s "
+        "| median ESS/s |",
         "|---|---|---|---|---|---|---|",
     ]
     rates: dict[str, tuple[float, float]] = {}
@@ -215,7 +230,8 @@ def bench_nuts(quick: bool) -> list[str]:
         least, median = ess(draws)
         rates[name] = (least / seconds, median / seconds)
         lines.append(
-            f"| {name} | {count:,} | {seconds:.2f} | {least:.0f} | {median:.0f} | {least / seconds:.1f} | {median / seconds:.1f} |"
+            f"| {name} | {count:,} | {seconds:.2f} | {least:.0f} | {median:.0f} "
+            f"| {least / seconds:.1f} | {median / seconds:.1f} |"
         )
 
     for jit in (False, True):
@@ -245,7 +261,8 @@ def bench_nuts(quick: bool) -> list[str]:
         if name.startswith("hbmeta"):
             for base in ("pyro.infer.NUTS", "pyro.infer.NUTS (jit_compile)"):
                 lines.append(
-                    f"- {name} against {base}: {least / rates[base][0]:.0f} / {median / rates[base][1]:.0f}"
+                    f"- {name} against {base}: "
+                    f"{least / rates[base][0]:.0f} / {median / rates[base][1]:.0f}"
                 )
     return lines
 

@@ -21,7 +21,7 @@ from hbmeta.program import Batch, Theta
 
 @dataclass(frozen=True)
 class NewtonStep(Strategy):
-    """q(φ | S) = δ(φ₁), one Newton step on log p(S | φ, θ) + log p(φ | θ) from the prior's location.
+    """q(φ | S) = δ(φ₁), one Newton step on log p(S | φ, θ) p(φ | θ) from the prior's location.
 
     Keeps p(y | φ, θ) and p(φ | θ); replaces the posterior by its mode, to second order. Optimises
     the query loss through the step. Exact as the posterior mean on linear-Gaussian programs.

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,14 @@ def run_chains(
     Args:
         log_density: vector (size,) to (log density, gradient), float64 on the CPU.
         starts: (chains, size).
+        draws: per chain, after warm-up.
+        warmup: steps of adaptation per chain.
+        seed: of the sampler; each chain derives its own.
+        target_accept: mean acceptance that the step size is adapted to, in (0, 1).
+        max_tree_depth: a trajectory has at most 2 to this power steps.
         processes: at most so many at a time; the number of cores by default, 1 for none.
+        progress: show a bar of all chains' steps.
+        where: for the error.
     Raises:
         ConvergenceError: no chain could start, or a chain died; its message is passed on.
     """
@@ -142,7 +150,8 @@ class _Shared:
 
 def _fork(one: Callable[[int], None], chains: int, limit: int, shared: _Shared, bar: Any) -> None:
     context = multiprocessing.get_context("fork")
-    waiting, running = list(range(chains)), {}
+    waiting = list(range(chains))
+    running: dict[int, BaseProcess] = {}
 
     def target(chain: int) -> None:
         torch.set_num_threads(1)
@@ -159,7 +168,9 @@ def _fork(one: Callable[[int], None], chains: int, limit: int, shared: _Shared, 
                 with warnings.catch_warnings():
                     # The children touch only what was made for them: the compiled graph and memory.
                     warnings.simplefilter("ignore", DeprecationWarning)
-                    process = context.Process(target=target, args=(chain,), daemon=True)
+                    process: BaseProcess = context.Process(
+                        target=target, args=(chain,), daemon=True
+                    )
                     process.start()
                 running[chain] = process
             time.sleep(0.02)

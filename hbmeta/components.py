@@ -146,7 +146,7 @@ def linear_gaussian(
 
 
 def probes(density: Gaussian) -> tuple[Tensor, Tensor]:
-    """Points at which a function of φ shows whether it is linear: φ̂, φ̂ + L_j, and φ̂ + 3 Σ_j ρ_j L_j.
+    """Points that show whether a function of φ is linear: φ̂, φ̂ + L_j, and φ̂ + 3 Σ_j ρ_j L_j.
 
     Returns:
         the points (phi_size + 2, tasks, phi_size), and ρ (phi_size,).

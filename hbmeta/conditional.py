@@ -59,23 +59,15 @@ def conditional(
         start = problem.location(theta, support)
     mode, converged = maximise(function, start)
     found = expand(function, mode)
-    phi, log_q = _propose(found.loc.unsqueeze(0), found.tril.unsqueeze(0), draws, seed, heavy=False)
-    log_w = _weigh(problem, theta, False, phi[0], support) - log_q[0]
-    if float((log_w.max(0).values - log_w.min(0).values).max()) < _CONSTANT:
-        info = {
-            "log_evidence": log_w.mean(0),
-            "effective_draws": torch.full_like(log_w[0], float(draws)),
-            "converged": converged,
-        }
-        return Gaussian(found.loc.detach(), found.tril.detach()), info
-    phi, log_q = _propose(found.loc.unsqueeze(0), found.tril.unsqueeze(0), draws, seed, heavy=True)
-    log_w = _weigh(problem, theta, False, phi[0], support) - log_q[0]
+    loc, tril = found.loc.detach().unsqueeze(0), found.tril.detach().unsqueeze(0)
+    phi, log_w, exact = _weighted(problem, theta, set(), loc, tril, support, draws, seed)
+    log_w, info = log_w[0], {"converged": converged}
+    info["log_evidence"] = torch.logsumexp(log_w, 0) - math.log(draws)
+    if bool(exact.all()):
+        info["effective_draws"] = torch.full_like(log_w[0], float(draws))
+        return Gaussian(loc[0], tril[0]), info
     density = Empirical(phi[0], log_w)
-    info = {
-        "log_evidence": torch.logsumexp(log_w, 0) - math.log(draws),
-        "effective_draws": density.effective_draws,
-        "converged": converged,
-    }
+    info["effective_draws"] = density.effective_draws
     return density, info
 
 
@@ -85,8 +77,11 @@ def conditional_over_draws(
     """One φ for each draw of θ, weighted by the evidence of the new support under that θ.
 
     Args:
+        problem: the program on its data.
         theta: global sites with a first axis of draws.
+        support: rows of the new tasks.
         proposals: importance draws per θ and task.
+        seed: of the proposals and of the choice among them.
     Returns:
         the weighted draws, and info: log_evidence (draws, tasks), effective_draws (tasks,) and
         proposal_efficiency (tasks,), the mean share of useful proposals per θ.
@@ -108,17 +103,7 @@ def conditional_over_draws(
     mode, _ = maximise(function, start)
     found = expand(function, mode)
     loc, tril = found.loc.detach(), found.tril.detach()
-    for heavy in (False, True):
-        phi, log_q = _propose(loc, tril, proposals, seed, heavy=heavy)
-        repeated = {
-            k: v.repeat_interleave(proposals, 0) if k in names else v for k, v in theta.items()
-        }
-        flat = phi.reshape(n_draws * proposals, support.n_tasks, -1)
-        log_w = (
-            _weigh(problem, repeated, True, flat, support).reshape(n_draws, proposals, -1) - log_q
-        )
-        if float((log_w.amax(1) - log_w.amin(1)).max()) < _CONSTANT:
-            break
+    phi, log_w, _ = _weighted(problem, theta, names, loc, tril, support, proposals, seed)
     shares = torch.softmax(log_w, 1)
     picked = _pick(shares, seed)
     index = picked[:, None, :, None].expand(n_draws, 1, support.n_tasks, phi.shape[-1])
@@ -130,6 +115,41 @@ def conditional_over_draws(
         "proposal_efficiency": (1.0 / shares.square().sum(1) / proposals).mean(0),
     }
     return density, info
+
+
+def _weighted(
+    problem: Problem,
+    theta: Theta,
+    drawn: set[str],
+    loc: Tensor,
+    tril: Tensor,
+    support: Batch,
+    proposals: int,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Proposals (thetas, proposals, tasks, phi_size), their log weights, and which tasks are exact.
+
+    A task whose Gaussian weights are all equal (a quadratic log joint, a task without data) keeps
+    them; the others get the heavy tails.
+    """
+    n_thetas, n_tasks = loc.shape[0], loc.shape[1]
+    repeated = {
+        name: value.repeat_interleave(proposals, 0) if name in drawn else value
+        for name, value in theta.items()
+    }
+
+    def weigh(heavy: bool) -> tuple[Tensor, Tensor]:
+        phi, log_q = _propose(loc, tril, proposals, seed, heavy=heavy)
+        flat = phi.reshape(n_thetas * proposals, n_tasks, -1)
+        log_joint = _weigh(problem, repeated, drawn, flat, support)
+        return phi, log_joint.reshape(n_thetas, proposals, n_tasks) - log_q
+
+    phi, log_w = weigh(False)
+    exact = (log_w.amax(1) - log_w.amin(1)).amax(0) < _CONSTANT
+    if bool(exact.all()):
+        return phi, log_w, exact
+    heavy_phi, heavy_w = weigh(True)
+    return torch.where(exact[:, None], phi, heavy_phi), torch.where(exact, log_w, heavy_w), exact
 
 
 def _propose(
@@ -160,14 +180,13 @@ def _propose(
     return phi, log_q
 
 
-def _weigh(problem: Problem, theta: Theta, drawn: bool, phi: Tensor, support: Batch) -> Tensor:
+def _weigh(problem: Problem, theta: Theta, names: set[str], phi: Tensor, support: Batch) -> Tensor:
     """(draws, tasks) log joint at each draw, in chunks that stay in cache."""
     chunk = max(
         1,
         2_000_000
         // max(1, support.x.shape[0] * (support.x.shape[1] if support.task is None else 1)),
     )
-    names = {site.name for site in problem.sites.globals} if drawn else set()
     axes = {name: 0 if name in names else None for name in theta}
     parts = []
     with torch.no_grad():

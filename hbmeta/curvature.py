@@ -85,7 +85,7 @@ def expand(
     newton: bool = False,
     create_graph: bool = False,
 ) -> Expansion:
-    """The expansion at φ, or (`newton`) at the Newton point of φ, which is the mode of a quadratic f.
+    """The expansion at φ, or (`newton`) at φ's Newton point, which is the mode of a quadratic f.
 
     Cholesky of −H without a check, so that it can be traced: `positive` says where it failed.
     """
@@ -166,6 +166,7 @@ def require_positive(
         raise CurvatureError(
             where,
             needed="a positive definite curvature of every task",
-            found=f"task {ids[index]!r} with smallest eigenvalue {float(smallest[..., index].min()):.3g}",
+            found=f"task {ids[index]!r} with smallest eigenvalue "
+            f"{float(smallest[..., index].min()):.3g}",
             do="Check that its parameters are identified by the prior and the data.",
         )

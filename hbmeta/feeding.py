@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -32,12 +33,17 @@ def training_tasks(data: Any, seed: int) -> Tasks:
         return data.all
     if isinstance(data, Tasks):
         return data
-    if hasattr(data, "sample"):
-        return data.sample(64, seed=seed).all
+    found = type(data).__name__
+    if hasattr(data, "sample") and not isinstance(data, pd.DataFrame):
+        first = data.sample(64, seed=seed)
+        if isinstance(first, Episode):
+            return first.all
+        found += f", whose sample returns {type(first).__name__}"
     raise DataError(
         "fit",
-        needed="Tasks, an Episode, a TaskSet (tasks.from_frame) or a source with sample(n_tasks, seed=)",
-        found=type(data).__name__,
+        needed="Tasks, an Episode, a TaskSet (tasks.from_frame) or a source of episodes with "
+        "sample(n_tasks, seed=)",
+        found=found,
         do="Wrap a data frame in tasks.from_frame, arrays in Tasks(x, y).",
     )
 
@@ -77,7 +83,7 @@ class Feed:
         self.index = self.all.task if self.all.task is not None else None
         self.given: Tensor | None = None
         if isinstance(data, Episode):
-            # Rows of the union come support first in each task, so the cut is a comparison of ranks.
+            # Rows of the union come support first in each task: the cut is a comparison of ranks.
             rank = (
                 torch.arange(tasks.n_points, device=device) - tasks.offsets.to(device)[tasks.task]
             )
@@ -88,7 +94,8 @@ class Feed:
                 "fit",
                 needed="tasks with two rows or more, to split into support and query",
                 found="one row per task",
-                do="Use a strategy without a query loss (AmortizedGuide, NUTS), or pass an Episode.",
+                do="Use a strategy without a query loss (AmortizedGuide, NUTS), or pass an "
+                "Episode.",
             )
         if tasks_per_step is not None and not 1 <= tasks_per_step <= tasks.n_tasks:
             raise DataError(

@@ -20,6 +20,7 @@ from hbmeta.posterior import TaskPosterior, Units
 from hbmeta.problem import Problem
 from hbmeta.program import Program, Theta
 from hbmeta.tasks import Schema, Tasks, TaskSet
+from hbmeta.tasks.checks import check_seed
 
 if TYPE_CHECKING:
     import arviz
@@ -113,10 +114,12 @@ class Fitted:
             seed: for strategies that draw.
             overrides: settings of the strategy to change for this call, such as steps=10 for MAML.
         Raises:
-            DataError: the features are not those of the fit, or a setting has no such name.
+            DataError: the support is no tasks with y, its features are not those of the fit, or a
+                setting has no such name.
         """
         tasks = support.support if isinstance(support, TaskSet) else support
-        self._check_features(tasks)
+        self._check_support(tasks)
+        seed = check_seed(seed, where="adapt")
         strategy = self.strategy.replaced(**overrides)
         tasks = tasks.to(device=self.problem.device, dtype=self.problem.dtype)
         return strategy.adapt(self, tasks, seed)
@@ -236,13 +239,28 @@ class Fitted:
             ) from error
         write_tensors(path, tensors, header)
 
-    def _check_features(self, tasks: Tasks) -> None:
+    def _check_support(self, tasks: Tasks) -> None:
+        if not isinstance(tasks, Tasks):
+            raise DataError(
+                "adapt",
+                needed="the support as Tasks or a TaskSet",
+                found=type(tasks).__name__,
+                do="Pass the support of an Episode; for a data frame call fitted.predict.",
+            )
         if tasks.features != self.tasks.features:
             raise DataError(
                 "adapt",
                 needed=f"the features of the fit, {list(self.tasks.features)}",
                 found=str(list(tasks.features)),
                 do="Build the tasks from the same columns in the same order.",
+            )
+        y, known = tasks.flat_y, self.tasks.flat_y
+        if y is None or (known is not None and y.shape[1:] != known.shape[1:]):
+            raise DataError(
+                "adapt",
+                needed="y of the support, as in the fit",
+                found=f"{tasks!r}",
+                do="Build the tasks with y; those without data have no rows, tasks.keep(...).",
             )
 
 

@@ -50,6 +50,7 @@ def layouts(program: Program) -> tuple[Layout, ...]:
 
 
 def program_name(program: Program) -> str:
+    """The name of a function, or the class of a module, for errors."""
     return getattr(program, "__name__", type(program).__name__)
 
 
@@ -82,9 +83,9 @@ class _Inspect(Messenger):
         if not self.own or (initial and id(initial[0]) not in self.own):
             raise ProgramError(
                 f"pyro.param {message['name']!r}",
-                needed="level-1 parameters as nn.Parameter of a PyroModule or as pyro.sample outside `task`",
+                needed="level-1 parameters by pyro.sample or as nn.Parameter of a PyroModule",
                 found="a pyro.param statement",
-                do="Give it a prior with pyro.sample, or make the program a PyroModule that owns it.",
+                do="Draw it with pyro.sample, or make the program a PyroModule that owns it.",
             )
         if initial:
             # Past Pyro's store, which would make a frozen parameter require a gradient.
@@ -116,11 +117,12 @@ def inspect_program(program: Program, batch: Batch) -> Sites:
                 # A site that broke the convention before is the likelier cause.
                 _Reader(name, batch).check(record.messages)
                 y = None if batch.y is None else tuple(batch.y.shape)
+                said = next(iter(str(error).splitlines()), "")
                 raise ProgramError(
                     name,
                     needed=f"a program that runs on x {tuple(batch.x.shape)}, y {y}"
                     f" in the {batch.layout} layout",
-                    found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    found=f"{type(error).__name__}: {said}",
                     do=_remedy(str(error)),
                 ) from error
         return _Reader(name, batch).read(record.messages)
@@ -220,7 +222,7 @@ class _Reader:
                 raise self.error(
                     message,
                     f"one plate named {frame.name!r}",
-                    f"two plates of that name (sizes {known.size} and {frame.size}, dims {known.dim} and {frame.dim})",
+                    f"two (sizes {known.size} and {frame.size}, dims {known.dim} and {frame.dim})",
                     "Give the other plate a name of its own.",
                 )
             if frame.name in cells and frame.size != cells[frame.name]:
@@ -228,7 +230,7 @@ class _Reader:
                     message,
                     f"plate {frame.name!r} of size {cells[frame.name]}, without subsampling",
                     f"size {frame.size}",
-                    "Take the size from the shape of x (or n_tasks); fit(tasks_per_step=...) subsamples.",
+                    "Size it by the shape of x (or n_tasks); fit(tasks_per_step=...) subsamples.",
                 )
             expected = -2 if self.nested and frame.name == "task" else -1
             if frame.name in cells and frame.dim != expected:
@@ -281,7 +283,7 @@ class _Reader:
                     message,
                     "plate 'task' around parameters of the tasks",
                     f"a site of batch shape {batch_shape} outside every plate",
-                    "Draw it inside `with pyro.plate('task', ...)`, or add .to_event(1) if it is level 1.",
+                    "Draw it in `with pyro.plate('task', ...)`, or add .to_event(1) at level 1.",
                 )
             shape = batch_shape + tuple(fn.event_shape)
         transform = biject_to(fn.support)
@@ -334,11 +336,11 @@ class _Reader:
             inside = inside.all(-1)
         bad = ~inside & self.batch.mask
         if bool(bad.any()):
-            offending = value[bad][0]
+            offending, rows = value[bad][0].tolist(), int(self.batch.mask.sum())
             raise DataError(
                 f"{self.name}, site {message['name']!r}",
                 needed=f"data in the support of {_family(fn)} ({fn.support})",
-                found=f"{offending.tolist()} in {int(bad.sum())} of {int(self.batch.mask.sum())} rows",
+                found=f"{offending} in {int(bad.sum())} of {rows} rows",
                 do="Correct these rows, or choose a family whose support holds them.",
             )
         return Site(
@@ -351,7 +353,7 @@ class _Reader:
                 self.name,
                 needed="a plate named 'task' over the tasks",
                 found=f"plates {sorted(self.frames) or 'none'}",
-                do="Wrap the task parameters in `with pyro.plate('task', n, dim=-2):` (nested) or dim=-1 (flat).",
+                do="Draw φ in `with pyro.plate('task', n, dim=-2):` (nested; dim=-1 if flat).",
             )
         if not groups["observed"]:
             deterministic = [s.name for s in groups["det_local"] + groups["det_global"]] + [
@@ -366,13 +368,13 @@ class _Reader:
                 self.name,
                 needed="an observed site: pyro.sample(name, distribution, obs=y) inside `point`",
                 found=found,
-                do="Pass y as obs of a distribution; pyro.deterministic adds nothing to the likelihood.",
+                do="Pass obs=y to a distribution; a deterministic adds nothing to the likelihood.",
             )
         if not groups["local"]:
             raise ProgramError(
                 self.name,
                 needed="at least one latent site inside plate 'task' (the task parameters φ)",
-                found=f"latent sites {[s.name for s in groups['global']] or 'none'}, all outside it",
+                found=f"latents {[s.name for s in groups['global']] or 'none'}, all outside it",
                 do="Draw what differs between tasks inside plate 'task'.",
             )
 
@@ -384,7 +386,7 @@ class _Reader:
                 return str(message["name"])
         raise ProgramError(
             self.name,
-            needed="one observed site that takes y as it is (obs=y), so that predictions have a name",
+            needed="one observed site that takes y as it is (obs=y), to name predictions by",
             found=f"observed sites {[s.name for s in observed]}",
             do="Pass y itself as obs of the site that is to be predicted.",
         )

@@ -4,9 +4,11 @@ For x = T(u) with T the bijection of the support, the mode of p(u) = p(T(u)) |T'
 
     Normal, Laplace, Logistic, MultivariateNormal     the mean (T is the identity)
     Cauchy, StudentT, Gumbel                          the location (no mean, or another point)
-    Gamma, Exponential, Chi2, InverseGamma            the image of the mean: x^(a-1) e^(-bx) x is largest at a/b
+    Gamma, Exponential, Chi2, InverseGamma            the image of the mean: x^(a-1) e^(-bx) x is
+                                                      largest at a/b
     Beta, Dirichlet, Uniform                          the image of the mean
-    HalfNormal, HalfCauchy, Weibull                   the scale: x e^(-x²/2s²) and x / (1 + x²/s²) peak at s
+    HalfNormal, HalfCauchy, Weibull                   the scale: x e^(-x²/2s²) and x / (1 + x²/s²)
+                                                      peak at s
     LKJCholesky                                       the identity
     a bijective transform of one of these             its base's location, pushed through; the mode
                                                       where the map is affine in unconstrained
@@ -70,21 +72,24 @@ def location(distribution: Distribution, where: str) -> Tensor:
         return base.scale.expand(base.batch_shape)
     if isinstance(base, dist.InverseGamma):
         # 1/x is Gamma(a, b), whose location is a/b; the logarithm only changes sign.
-        return base.rate / base.concentration
+        mean: Tensor = base.rate / base.concentration
+        return mean
     if isinstance(base, _AT_LOC):
-        return base.loc.expand(base.batch_shape)
+        centre: Tensor = base.loc
+        return centre.expand(base.batch_shape)
     if isinstance(base, _AT_MEAN):
         return base.mean
     if isinstance(base, torch.distributions.LKJCholesky):
         shape = base.batch_shape + base.event_shape
         like = base.concentration
         return torch.eye(base.dim, dtype=like.dtype, device=like.device).expand(shape)
-    if isinstance(base, torch.distributions.TransformedDistribution):
-        if all(transform.bijective for transform in base.transforms):
-            value = location(base.base_dist, where)
-            for transform in base.transforms:
-                value = transform(value)
-            return value
+    if isinstance(base, torch.distributions.TransformedDistribution) and all(
+        transform.bijective for transform in base.transforms
+    ):
+        value = location(base.base_dist, where)
+        for transform in base.transforms:
+            value = transform(value)
+        return value
     raise ProgramError(
         f"prior of site {where!r}",
         needed="a family whose mode in unconstrained space is known (see hbmeta.locations)",

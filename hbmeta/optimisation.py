@@ -17,7 +17,7 @@ __all__ = ["Minimum", "minimise"]
 
 
 class Minimum(NamedTuple):
-    """Where a function is smallest: the point, its value, the evaluations and seconds of staging."""
+    """Where a function is smallest: the point, its value, evaluations and seconds of staging."""
 
     point: Tensor
     value: float

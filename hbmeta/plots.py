@@ -329,13 +329,9 @@ def _summary(
         )
     value = value[..., coordinate]
     log_weights = None if weights is None else weights.cpu()
-    share = (
-        value.new_full((len(value), 1), 1 / len(value))
-        if log_weights is None
-        else log_weights.softmax(0)
-    )
     low, high = weighted_quantile(value, [0.5 - interval / 2, 0.5 + interval / 2], log_weights)
-    return (share * value).sum(0).numpy(), low.numpy(), high.numpy()
+    mean = posterior.moments(draws, seed)[site][0].double().cpu().reshape(value.shape[1], -1)
+    return mean[:, coordinate].numpy(), low.numpy(), high.numpy()
 
 
 def _name(site: str, coordinate: int, posterior: TaskPosterior) -> str:

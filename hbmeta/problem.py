@@ -1,8 +1,9 @@
 """The functional view of a program on data: what every inference strategy is written against.
 
-θ is a dict of tensors: module parameters by qualified name and global sites, unconstrained, by name.
-φ is the vector (tasks, phi_size) of all local sites, unconstrained, or a dict of them (tasks, *shape).
-Densities are those of unconstrained space, Jacobian kept. No method changes anything.
+θ is a dict of tensors: module parameters by qualified name and global sites, unconstrained, by
+name. φ is the vector (tasks, phi_size) of all local sites, unconstrained, or a dict of them
+(tasks, *shape). Densities are those of unconstrained space, Jacobian kept. No method changes
+anything.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from hbmeta.sites import Sites
 from hbmeta.tasks import Tasks
 
 # Padding costs nothing where groups are of equal size and up to 11 times the rows where they are
-# not (radon: 9,860 cells for 919 rows); the flat layout's scatter costs about a quarter more per row.
+# not (radon: 9,860 cells for 919 rows); the flat layout's scatter costs about a quarter more per
+# row.
 _PADDING_WORTH = 1.25
 
 __all__ = ["Problem"]
@@ -281,7 +283,7 @@ class Problem:
 
 
 def _base(distribution: Any) -> tuple[Any, int]:
-    """The elementary family under expansion, masking and independence, and how many event dims it had."""
+    """The elementary family under expansion, masking and independence, and its event dims."""
     event_dims = 0
     base = distribution
     while True:

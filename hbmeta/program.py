@@ -2,8 +2,8 @@
 
 A program is any callable that Pyro can run, in one of two layouts (docs/design.md, "Program"):
 
-    nested   model(x, y=None)                     plates `task` (dim -2) and, inside it, `point` (dim -1)
-    flat     model(x, y=None, *, task, n_tasks)   plates `task` and `point`, not nested; φ[task] per row
+    nested   model(x, y=None)                    plates `task` (dim -2) and inside it `point` (-1)
+    flat     model(x, y=None, *, task, n_tasks)  plates `task` and `point` apart; φ[task] per row
 
 One handler runs the program with θ and φ given in unconstrained space and collects
 log p(y | φ, θ), log p(φ | θ) and log p(θ), the last two with the Jacobian of the transform.
@@ -12,7 +12,7 @@ log p(y | φ, θ), log p(φ | θ) and log p(θ), the last two with the Jacobian 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,6 +74,7 @@ class Batch:
 
     @property
     def layout(self) -> Layout:
+        """Flat where `task` says which group a row is of, nested elsewhere."""
         return "nested" if self.task is None else "flat"
 
     @property
@@ -120,7 +121,12 @@ def _flatten(batch: Batch) -> tuple[list[Any], int]:
     return [batch.x, batch.y, batch.weight, batch.task], batch.n_tasks
 
 
-torch.utils._pytree.register_pytree_node(Batch, _flatten, lambda leaves, n: Batch(*leaves, n))
+def _unflatten(leaves: Iterable[Any], n_tasks: int) -> Batch:
+    x, y, weight, task = leaves
+    return Batch(x, y, weight, task, n_tasks)
+
+
+torch.utils._pytree.register_pytree_node(Batch, _flatten, _unflatten)
 
 
 @dataclass
@@ -149,7 +155,7 @@ class Evaluation:
 
 @contextlib.contextmanager
 def isolated(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
-    """Runs a program without touching the parameter store, the validation switch or the default dtype.
+    """Runs a program and leaves parameter store, validation switch and default dtype untouched.
 
     Inside, numbers written in the program (`Normal(0.0, 0.1)`) take the dtype of the data. Without
     the scope a module's parameters would be read from Pyro's global store, and the θ that was
@@ -280,7 +286,7 @@ def evaluate(
     response: str,
     with_y: bool = True,
 ) -> Evaluation:
-    """Runs the program once at θ and φ (unconstrained); latents that are not given sit at their location.
+    """Runs the program once at unconstrained θ and φ; latents not given sit at their location.
 
     Args:
         program: the program, in the layout of the batch.

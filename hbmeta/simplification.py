@@ -4,18 +4,22 @@ A log density repeats work that a person would do once: the log of a noise scale
 cell before the logarithm is taken, and a division by its square at each cell. Two rewrites, in one
 pass over the graph:
 
-    f(expand(a))        ->  expand(f(a))                       for pointwise f of one tensor
-    b / expand(a)       ->  b * expand(1 / a)                  a division costs eight multiplications
+    f(expand(a))        ->  expand(f(a))             for pointwise f of one tensor
+    b / expand(a)       ->  b * expand(1 / a)        a division costs eight multiplications
 
-The second rounds once more, a relative 1e-16 in float64. Numbers that a program wrote (`Normal(0.0, 10.0)`)
-become literals: the compiler folds them, and its cache on disk knows the graph again. Then common subexpressions are merged and
-dead code is dropped (unused priors, handlers' bookkeeping).
+The second rounds once more, a relative 1e-16 in float64. Numbers that a program wrote
+(`Normal(0.0, 10.0)`) become literals: the compiler folds them, and its cache on disk knows the
+graph again. Then common subexpressions are merged and dead code is dropped (unused priors,
+handlers' bookkeeping).
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 aten = torch.ops.aten
 
@@ -45,7 +49,7 @@ __all__ = ["simplify"]
 
 
 def simplify(graph: GraphModule) -> GraphModule:
-    """The graph with expansions moved behind pointwise work, merged and without dead code; in place."""
+    """Moves expansions behind pointwise work, merges and drops dead code; in place."""
     from torch._functorch.compile_utils import fx_graph_cse
 
     graph.graph.eliminate_dead_code()
@@ -77,7 +81,7 @@ def _write_literal(graph: GraphModule, node: Node) -> None:
     constant = getattr(graph, str(node.target))
     if not isinstance(constant, torch.Tensor) or constant.ndim:
         return
-    options = {"dtype": constant.dtype, "device": constant.device}
+    options: dict[str, Argument] = {"dtype": constant.dtype, "device": constant.device}
     with graph.graph.inserting_before(node):
         literal = graph.graph.call_function(aten.full.default, ([], constant.item()), options)
     literal.meta = {**node.meta, "val": constant}
@@ -100,13 +104,14 @@ def _same_shape(node: Node) -> bool:
 
 
 def _value(node: Node) -> torch.Tensor:
-    value = node.meta.get("val", node.meta.get("tensor_meta"))
-    return value  # type: ignore[no-any-return]
+    # A node's meta is an untyped dict; `make_fx` puts a tensor there for every pointwise node.
+    return cast(torch.Tensor, node.meta.get("val", node.meta.get("tensor_meta")))
 
 
 def _move_behind(graph: GraphModule, node: Node) -> None:
     expanded = node.args[0]
     assert isinstance(expanded, Node)
+    assert callable(node.target)  # only "call_function" nodes come here, whose target is no name
     with graph.graph.inserting_before(node):
         inner = graph.graph.call_function(
             node.target, (expanded.args[0], *node.args[1:]), node.kwargs

@@ -37,6 +37,7 @@ class Site:
 
     @property
     def size(self) -> int:
+        """Number of unconstrained values, likewise."""
         return int(torch.Size(self.unconstrained_shape).numel())
 
 

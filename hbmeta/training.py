@@ -74,7 +74,7 @@ def show_progress(progress: bool | None) -> bool:
 
 
 def prior_scales(problem: Problem, theta: Theta, batch: Batch) -> Theta:
-    """1/√curvature of log p(θ) at the prior's location, per coordinate; 1 where that is not positive."""
+    """1/√curvature of log p(θ) at its location, per coordinate; 1 where that is not positive."""
     sites = problem.sites
     if not sites.globals:
         return {}
@@ -175,8 +175,9 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         free.pop(name)
     if untouched:
         warnings.warn(
-            f"{strategy.name}: the loss does not depend on {', '.join(_names(untouched))}, so it stays "
-            "at its prior's location. A non-centered program or another strategy would learn it.",
+            f"{strategy.name}: the loss does not depend on {', '.join(_names(untouched))}, so it "
+            "stays at its prior's location. A non-centered program or another strategy would learn "
+            "it.",
             stacklevel=4,
         )
     if not free:
@@ -189,10 +190,11 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         expected_calls=options.steps,
         check_every=max(options.steps // 4, 1),
     )
+    scaled = {k: v for k, v in free.items() if k.removeprefix("theta/") in scales}
     groups = [
-        {"params": [v for k, v in free.items() if k.removeprefix("theta/") in scales], "lr": options.theta_learning_rate},
-        {"params": [v for k, v in free.items() if k.removeprefix("theta/") not in scales], "lr": options.learning_rate},
-    ]  # fmt: skip
+        {"params": list(scaled.values()), "lr": options.theta_learning_rate},
+        {"params": [v for k, v in free.items() if k not in scaled], "lr": options.learning_rate},
+    ]
     optimizer = torch.optim.Adam([g for g in groups if g["params"]], foreach=True)
     rates = [g["lr"] for g in optimizer.param_groups]
     for value in free.values():

@@ -127,13 +127,13 @@ def two_coefficients(x, y=None):
             return pyro.sample("y", dist.Normal(intercept + slope * x[..., 0], noise), obs=y)
 
 
-class SharedUnit(PyroModule):
-    """A unit of a network that tasks share, and their own offsets: θ is learned without a prior."""
+class SharedCurve(PyroModule):
+    """A curve that tasks share, and their own offsets: θ is learned without a prior."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([[0.3]]))
-        self.gain = nn.Parameter(torch.tensor(0.5))
+        self.bend = nn.Parameter(torch.tensor(0.0))
         self.start = nn.Parameter(torch.tensor(0.0))
         # A constrained one: Pyro would read it from its global store.
         self.noise = PyroParam(torch.tensor(0.3), constraint=constraints.positive)
@@ -142,7 +142,7 @@ class SharedUnit(PyroModule):
         with pyro.plate("task", x.shape[0], dim=-2):
             offset = pyro.sample("offset", dist.Normal(self.start, 1.0))
             with pyro.plate("point", x.shape[1], dim=-1):
-                mean = self.gain * torch.tanh(x @ self.weight).squeeze(-1) + offset
+                mean = (x @ self.weight).squeeze(-1) + self.bend * x[..., 0] ** 2 + offset
                 return pyro.sample("y", dist.Normal(mean, self.noise), obs=y)
 
 
@@ -294,7 +294,7 @@ def _two_coefficients() -> Tasks:
 def _curves() -> Tasks:
     def draw_y(x, task, rng):
         offset = rng.standard_normal(5)
-        return np.tanh(2.0 * x[:, 0]) + offset[task] + 0.3 * rng.standard_normal(len(task))
+        return x[:, 0] - 0.5 * x[:, 0] ** 2 + offset[task] + 0.3 * rng.standard_normal(len(task))
 
     return _ragged((6, 6, 6, 6, 6), draw_y, seed=8)
 
@@ -364,8 +364,8 @@ _MAKERS: dict[str, Callable[[], Case]] = {
     ),
     "module_parameters": lambda: Case(
         "module_parameters",
-        "a `PyroModule` whose θ is network weights without a prior",
-        SharedUnit(),
+        "a `PyroModule` whose θ is parameters without a prior",
+        SharedCurve(),
         _curves(),
     ),
 }

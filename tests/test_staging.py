@@ -190,6 +190,18 @@ def test_a_number_that_changes_after_tracing_is_caught():
     assert "difference of 0.333 at call 3" in str(caught.value)
 
 
+def test_a_gradient_that_vanishes_is_judged_by_the_rounding_of_the_loss():
+    """At an optimum, what is left of a gradient is the rounding of terms as large as the loss."""
+    setting = {"left": 1e-17}
+    staged = Staged(lambda x: (x, setting["left"] * x), tier="graph", check_every=1)
+    staged(torch.ones(3, dtype=torch.float64))
+    setting["left"] = 3e-17
+    staged(torch.ones(3, dtype=torch.float64))
+    setting["left"] = 1e-12
+    with pytest.raises(StagingError, match="a difference of"):
+        staged(torch.ones(3, dtype=torch.float64))
+
+
 def test_the_first_call_is_checked():
     """A graph that reads a different number while it is traced than afterwards."""
     calls = iter(range(100))

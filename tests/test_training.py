@@ -53,7 +53,7 @@ def test_module_parameters_are_learned_and_the_module_is_left_alone():
     fitted = MAML(steps=2, step_size=0.05).fit(
         known.program, known.tasks, steps=20, learning_rate=0.05, **EAGER
     )
-    assert set(fitted.theta) == set(before) == {"weight", "gain", "start", "noise_unconstrained"}
+    assert set(fitted.theta) == set(before) == {"weight", "bend", "start", "noise_unconstrained"}
     for name, value in known.program.named_parameters():
         assert torch.equal(value, before[name])
         assert not torch.allclose(fitted.theta[name], before[name].double())

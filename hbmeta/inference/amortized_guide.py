@@ -4,7 +4,8 @@ Model: φ_i ~ p(φ | θ), y_ij ~ p(y | φ_i, θ).
 Estimator: with N(m₀, P Pᵀ) the Gaussian expansion of the task prior, q(φ | S) = N(m, L Lᵀ) in the
 whitened space u = P⁻¹(φ − m₀) collects one Gaussian factor per row, as Bayes' rule does,
 
-    Λ = I + Σ_j r_j r_jᵀ,   η = Σ_j e_j,   (e_j, r_j) = network(x_j, y_j, c),   c = mean_j h(x_j, y_j), log(1 + n),
+    Λ = I + Σ_j r_j r_jᵀ,   η = Σ_j e_j,   (e_j, r_j) = network(x_j, y_j, c),
+    c = mean_j h(x_j, y_j), log(1 + n),
     m = m₀ + P (Λ⁻¹ η + a(c)),   L = P chol(Λ⁻¹) diag(exp b(c)),
 
 so that no rows give the prior and n rows contract like n rows. Networks and θ maximise the evidence
@@ -41,8 +42,8 @@ class SetEncoder(nn.Module):
     """Permutation-invariant map from a masked set of rows (x, y) to a Gaussian in whitened space.
 
     A row is standardised by the training rows and joined by the products of its entries (up to
-    width 8): sums of those are the sufficient statistics of a linear-Gaussian task. Where φ has more
-    than 64 entries there are no factors per row, only the summary's a and b.
+    width 8): sums of those are the sufficient statistics of a linear-Gaussian task. Where φ has
+    more than 64 entries there are no factors per row, only the summary's a and b.
 
     Args:
         location: (width,) mean of the training rows (x, y).
@@ -124,13 +125,14 @@ def _start_at(layer: nn.Module, factor: float) -> None:
 class AmortizedGuide(Strategy):
     """q(φ | S) = N(m(S), Σ(S)) from a set encoder, generated from the program's local sites.
 
-    Keeps p(y | φ, θ) and p(φ | θ); approximates p(φ | S, θ) by a Gaussian in unconstrained space that
-    one network gives for every support. Optimises the negative evidence lower bound: on all rows of
-    each task in θ and the network, and on a random subset of them in the network alone, so that the
-    guide serves any number of rows while θ is not biased towards fewer. θ is held at a point. The
-    gradient of log q leaves the guide's parameters out of its second appearance (Roeder et al.
-    2017), which has no noise where q is exact. Exact on linear-Gaussian programs, up to training;
-    a task without data gets the prior (its Gaussian expansion, where the prior is no Gaussian).
+    Keeps p(y | φ, θ) and p(φ | θ); approximates p(φ | S, θ) by a Gaussian in unconstrained space
+    that one network gives for every support. Optimises the negative evidence lower bound: on all
+    rows of each task in θ and the network, and on a random subset of them in the network alone, so
+    that the guide serves any number of rows while θ is not biased towards fewer. θ is held at a
+    point. The gradient of log q leaves the guide's parameters out of its second appearance (Roeder
+    et al. 2017), which has no noise where q is exact. Exact on linear-Gaussian programs, up to
+    training; a task without data gets the prior (its Gaussian expansion, where the prior is no
+    Gaussian).
 
     Args:
         hidden: width of the encoder.
@@ -218,10 +220,10 @@ class AmortizedGuide(Strategy):
         query: Batch,
         noise: Mapping[str, Tensor],
     ) -> Tensor:
-        """(tasks,) minus the bound on all rows (query), and on the subset (support) at θ held still."""
+        """(tasks,) minus the bounds on all rows (query) and, θ held, on the subset (support)."""
         held = {name: value.detach() for name, value in theta.items()}
         whole = self._bound(problem, theta, own, query, noise["all"])
-        # The support is a part of the query's cells: with the same x and y, their encoding is shared.
+        # The support is part of the query's cells: with the same x and y, the encoding is shared.
         inside = Batch(query.x, query.y, support.weight, query.task, query.n_tasks)
         part = self._bound(problem, held, own, inside, noise["subset"])
         return -(whole + part)

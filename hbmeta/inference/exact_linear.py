@@ -1,6 +1,7 @@
 """The exact posterior of linear-Gaussian programs, and their Type-II maximum likelihood.
 
-Model: φ_i ~ N(μ, Σ), y_i = X_i φ_i + c_i + ε, ε ~ N(0, σ² I); any program whose log joint is quadratic in φ.
+Model: φ_i ~ N(μ, Σ), y_i = X_i φ_i + c_i + ε, ε ~ N(0, σ² I); any program whose log joint is
+quadratic in φ.
 Estimator: with f_i(φ) = log p(y_i | φ, θ) + log p(φ | θ) and any φ₀, one Newton step is exact:
 
     p(φ | y_i, θ) = N(φ₀ + Λ⁻¹∇f(φ₀), Λ⁻¹),  Λ = −∇²f,
@@ -104,8 +105,8 @@ class ExactLinear(Strategy):
         at_zero = self._at_zero(problem, theta, start, batch)
         if at_zero:
             warnings.warn(
-                f"ExactLinear: the estimate of {', '.join(at_zero)} is zero: the data show no variation "
-                "there. NUTS, or prior=True, weighs how large it could still be.",
+                f"ExactLinear: the estimate of {', '.join(at_zero)} is zero: the data show no "
+                "variation there. NUTS, or prior=True, weighs how large it could still be.",
                 stacklevel=3,
             )
         evidence = float(self._evidence(problem, theta, batch).detach().sum())
@@ -159,7 +160,8 @@ class ExactLinear(Strategy):
             raise UnsupportedModelError(
                 self.name,
                 needed="a log joint that is quadratic in φ (Normal throughout, means linear in φ)",
-                found=f"a curvature that varies by a relative {float(difference):.2g} (families: {families})",
+                found=f"a curvature that varies by a relative {float(difference):.2g} "
+                f"(families: {families})",
                 do="Use NUTS as the reference and AmortizedGuide as the approximation.",
             )
         smallest = torch.linalg.eigvalsh(-here)[..., 0]
@@ -168,7 +170,8 @@ class ExactLinear(Strategy):
             raise CurvatureError(
                 self.name,
                 needed="a positive definite posterior precision of every task",
-                found=f"task {tasks.ids[worst]!r} with smallest eigenvalue {float(smallest[worst]):.3g}",
+                found=f"task {tasks.ids[worst]!r} with smallest eigenvalue "
+                f"{float(smallest[worst]):.3g}",
                 do="Give every task parameter a proper prior.",
             )
 

@@ -27,8 +27,9 @@ def descend(loss: Callable[[Tree], Tensor], start: Tree, *, step_size: float, st
 
     Args:
         loss: φ to (tasks,), tasks independent of each other.
-        start: φ_0, one tensor (tasks, ...) or one per site; the result is differentiable in it where
-            it requires gradients. One tensor per site spares a network the slices of one vector.
+        start: φ_0, one tensor (tasks, ...) or one per site; the result is differentiable in it
+            where it requires gradients. One tensor per site spares a network the slices of one
+            vector.
         step_size: α, in units of φ² per unit of loss.
         steps: N; 0 returns the start.
     """
@@ -39,4 +40,5 @@ def descend(loss: Callable[[Tree], Tensor], start: Tree, *, step_size: float, st
             total = loss(pytree.tree_unflatten(leaves, structure)).sum()
             gradients = torch.autograd.grad(total, leaves, create_graph=True)
             leaves = [v - step_size * g for v, g in zip(leaves, gradients, strict=True)]
-    return pytree.tree_unflatten(leaves, structure)
+    end: Tree = pytree.tree_unflatten(leaves, structure)
+    return end

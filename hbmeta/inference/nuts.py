@@ -1,7 +1,8 @@
 """NUTS over global and local sites together: the reference for every approximation.
 
 Model: θ ~ p(θ), φ_i ~ p(φ | θ), y_ij ~ p(y | φ_i, θ).
-Estimator: draws of (θ, φ_1, …, φ_T) from p(θ, φ | y) in unconstrained space, by the No-U-Turn sampler.
+Estimator: draws of (θ, φ_1, …, φ_T) from p(θ, φ | y) in unconstrained space, by the No-U-Turn
+sampler.
 New tasks: (θ_s, φ_s) with φ_s ~ p(φ | S_new, θ_s), weighted by p(S_new | θ_s).
 """
 
@@ -53,7 +54,8 @@ class NUTS(Strategy):
         max_tree_depth: a trajectory has at most 2 to this power steps.
         processes: chains that run at a time; the number of cores by default.
     References:
-        Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: Vehtari et al. (2021), by ArviZ.
+        Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: Vehtari et al. (2021), by
+        ArviZ.
     """
 
     learns_spread: ClassVar[bool] = False
@@ -72,7 +74,8 @@ class NUTS(Strategy):
         ):
             raise DataError(
                 "NUTS",
-                needed="draws, chains, warmup and max_tree_depth of 1 or more, target_accept in (0, 1)",
+                needed="draws, chains, warmup and max_tree_depth of 1 or more, "
+                "target_accept in (0, 1)",
                 found=str(self.settings()),
                 do="Correct the setting.",
             )
@@ -85,7 +88,8 @@ class NUTS(Strategy):
                 self.name,
                 needed="a prior for every level-1 parameter",
                 found=f"module parameter {free[0]!r} without one",
-                do="Make it a pyro.sample site, fix it with requires_grad_(False), or use AmortizedGuide.",
+                do="Make it a pyro.sample site, fix it with requires_grad_(False), or use "
+                "AmortizedGuide.",
             )
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
@@ -147,7 +151,7 @@ class NUTS(Strategy):
         )
 
     def _diagnostics(self, found: Chains) -> dict[str, Any]:
-        """R̂ and effective sample sizes of every coordinate, in unconstrained space (rank-normalised)."""
+        """Rank-normalised R̂ and effective sample sizes of every unconstrained coordinate."""
         info: dict[str, Any] = {
             "divergences": int(found.diverging.sum()),
             "deep_trees": int((found.tree_depth >= self.max_tree_depth).sum()),
@@ -198,8 +202,8 @@ class NUTS(Strategy):
         if smallest < 100:
             worst = support.ids[int(info["effective_draws"].argmin())]
             warnings.warn(
-                f"NUTS.adapt: task {worst!r} leaves {smallest:.0f} effective draws of θ; it says much "
-                "about θ that the fit did not know. Fit it together with the others.",
+                f"NUTS.adapt: task {worst!r} leaves {smallest:.0f} effective draws of θ; it says "
+                "much about θ that the fit did not know. Fit it together with the others.",
                 stacklevel=3,
             )
         return TaskPosterior(
@@ -212,12 +216,13 @@ def trouble(info: dict[str, Any]) -> list[str]:
     out = []
     if info["divergences"]:
         out.append(
-            f"{info['divergences']} divergent transitions. Raise target_accept (0.95), or write the "
-            "program non-centered."
+            f"{info['divergences']} divergent transitions. Raise target_accept (0.95), or write "
+            "the program non-centered."
         )
     if info["deep_trees"]:
         out.append(
-            f"{info['deep_trees']} trajectories hit max_tree_depth. Raise it, or rescale the columns."
+            f"{info['deep_trees']} trajectories hit max_tree_depth. Raise it, or rescale the "
+            "columns."
         )
     if "r_hat" in info and bool((info["r_hat"] > 1.01).any()):
         out.append(

@@ -1,8 +1,8 @@
 """The two baselines that every table needs: each task alone, and one φ for all.
 
 Model: y_ij ~ p(y | φ_i, θ); the priors p(φ | θ) and p(θ) are dropped.
-Estimator: maximum of Σ_i log p(y_i | φ_i, θ) over θ and either every φ_i (no pooling) or one φ = φ_i
-for all i (complete pooling).
+Estimator: maximum of Σ_i log p(y_i | φ_i, θ) over θ and either every φ_i (no pooling) or one
+φ = φ_i for all i (complete pooling).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hbmeta.curvature import maximise
+from hbmeta.curvature import gradient_and_hessian, maximise
 from hbmeta.densities import Delta
 from hbmeta.feeding import training_tasks
 from hbmeta.inference.strategy import Strategy
@@ -26,6 +26,9 @@ from hbmeta.training import Learned, Options, prior_scales
 
 # In units of a prior's scale; a log scale that moved so far is on its way to infinity.
 _FAR = 15.0
+# A Newton step of this share of φ means that there is no maximum nearby.
+_STILL_MOVING = 0.01
+_DENSE_LIMIT = 64
 
 __all__ = ["CompletePooling", "NoPooling"]
 
@@ -37,8 +40,9 @@ class NoPooling(Strategy):
     Keeps p(y | φ, θ); replaces p(φ | θ) and p(θ) by flat priors. Level-1 parameters that all tasks
     share (a slope, a noise scale) are estimated together, as in Gelman and Hill's no-pooling
     regression; what the likelihood does not identify (the coefficient of a column that is constant
-    within groups) is chosen by the joint mode. Exact as maximum likelihood. A task without data stays at the location of the prior;
-    a likelihood without a maximum (all answers "yes") stops where `iterations` end.
+    within groups) is chosen by the joint mode. Exact as maximum likelihood. A task without data
+    stays at the location of the prior; a likelihood without a maximum (all answers "yes") stops
+    where `iterations` end.
 
     Args:
         iterations: Newton steps per task when adapting.
@@ -53,12 +57,11 @@ class NoPooling(Strategy):
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """θ and all φ_i together by L-BFGS."""
         tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
-        batch = problem.batch(tasks)
 
         def spread(theta: Theta, free: Tensor, start: Tensor) -> Tensor:
             return start + free.reshape(start.shape)
 
-        theta, phi, info, seconds = _fit(problem, batch, options, self.name, spread, tasks.n_tasks)
+        theta, phi, info, seconds = _fit(problem, tasks, options, self.name, spread, tasks.n_tasks)
         return Learned(theta, density=Delta(phi), info=info, seconds_staging=seconds)
 
     def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Delta:
@@ -78,8 +81,8 @@ class NoPooling(Strategy):
 class CompletePooling(Strategy):
     """q(φ | S) = δ at one φ for all tasks, whatever their support.
 
-    Keeps p(y | φ, θ); replaces p(φ | θ) by a point shared by all tasks, and p(θ) by a flat prior. Exact as maximum
-    likelihood of the pooled data.
+    Keeps p(y | φ, θ); replaces p(φ | θ) by a point shared by all tasks, and p(θ) by a flat prior.
+    Exact as maximum likelihood of the pooled data.
 
     References:
         Gelman, Hill (2007), Data Analysis Using Regression and Multilevel Models, §12.2.
@@ -92,12 +95,11 @@ class CompletePooling(Strategy):
         tasks: Tasks = training_tasks(data, options.seed).to(
             device=problem.device, dtype=problem.dtype
         )
-        batch = problem.batch(tasks)
 
         def spread(theta: Theta, free: Tensor, start: Tensor) -> Tensor:
             return start[:1].expand(start.shape) + free
 
-        theta, phi, info, seconds = _fit(problem, batch, options, self.name, spread, 1)
+        theta, phi, info, seconds = _fit(problem, tasks, options, self.name, spread, 1)
         info["phi"] = phi[0]
         return Learned(theta, density=Delta(phi), info=info, seconds_staging=seconds)
 
@@ -114,15 +116,16 @@ class CompletePooling(Strategy):
 
 
 def _fit(
-    problem: Problem, batch: Batch, options: Options, name: str, spread: Any, n_free: int
+    problem: Problem, tasks: Tasks, options: Options, name: str, spread: Any, n_free: int
 ) -> tuple[Theta, Tensor, dict[str, Any], float]:
     """θ and φ at the maximum of Σ log p(y | φ, θ), reached from the mode of the joint density.
 
-    The likelihood alone does not choose between, say, an intercept of a group and the coefficient of
-    a column that is constant within groups: any point of a ridge is a maximum. Coming from the mode
-    of p(y, φ, θ), the search keeps the point of the ridge that the priors like, because a ridge has
-    no slope along itself.
+    The likelihood alone does not choose between, say, an intercept of a group and the coefficient
+    of a column that is constant within groups: any point of a ridge is a maximum. Coming from the
+    mode of p(y, φ, θ), the search keeps the point of the ridge that the priors like, because a
+    ridge has no slope along itself.
     """
+    batch, ids = problem.batch(tasks), tasks.ids
     start = problem.theta(batch)
     scales = prior_scales(problem, start, batch)
     names = list(start)
@@ -155,17 +158,64 @@ def _fit(
     found = minimise(minus_likelihood, mode.point, where=where, tier=options.tier)
     with torch.no_grad():
         theta, phi = unpack(found.point)
-    unbounded = float(found.point.abs().max()) > _FAR
+    theta = _reset_untouched(problem, theta, phi, batch, start)
+    unbounded = _unbounded(problem, theta, phi, batch, ids) if n_free > 1 else []
+    moved = (found.point - mode.point).split([*sizes, n_free * phi_size])
+    if any(n in scales and float(m.abs().max()) > _FAR for n, m in zip(names, moved, strict=False)):
+        unbounded.append("θ")
     if unbounded:
         warnings.warn(
-            f"{name}: the likelihood has no maximum (a parameter moved {_FAR:g} scales of its prior "
-            "and was still moving): some task has as many parameters as points, or equal answers. "
-            "A strategy with a task prior has no such trouble.",
+            f"{name}: the likelihood has no maximum for {_some(unbounded)} (as many parameters as "
+            "points, or equal answers), so the estimate is where the search stopped. A strategy "
+            "with a task prior has no such trouble.",
             stacklevel=4,
         )
     info = {
         "converged": found.converged,
         "evaluations": mode.evaluations + found.evaluations,
-        "unbounded": unbounded,
+        "unbounded": [str(i) for i in unbounded],
     }
     return theta, phi, info, mode.seconds_staging + found.seconds_staging
+
+
+def _reset_untouched(
+    problem: Problem, theta: Theta, phi: Tensor, batch: Batch, start: Theta
+) -> Theta:
+    """θ with what the likelihood is no function of back at its start.
+
+    The scale of a centered prior fell to zero at the joint mode and says nothing.
+    """
+    leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    if not leaves:
+        return theta
+    with torch.enable_grad():
+        total = problem.log_likelihood(leaves, phi, batch).sum()
+        if not total.requires_grad:
+            return dict(start)
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        name: start[name] if gradient is None else value
+        for (name, value), gradient in zip(theta.items(), gradients, strict=True)
+    }
+
+
+def _unbounded(
+    problem: Problem, theta: Theta, phi: Tensor, batch: Batch, ids: tuple[Any, ...]
+) -> list[Any]:
+    """Tasks whose likelihood still rises: a Newton step at a maximum is nothing."""
+    if phi.shape[-1] > _DENSE_LIMIT:
+        return []
+    _, gradient, hessian = gradient_and_hessian(
+        lambda p: problem.log_likelihood(theta, p, batch), phi
+    )
+    size = hessian.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp_min(1e-30)
+    identity = torch.eye(phi.shape[-1], dtype=phi.dtype, device=phi.device)
+    damped = -hessian + 1e-9 * size[:, None, None] * identity
+    step = torch.linalg.solve(damped, gradient.unsqueeze(-1)).squeeze(-1)
+    rising = (step.abs() > _STILL_MOVING * (1.0 + phi.abs())).any(-1) & (batch.counts > 0)
+    return [ids[int(i)] for i in rising.nonzero()]
+
+
+def _some(names: list[Any]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

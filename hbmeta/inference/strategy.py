@@ -33,6 +33,7 @@ from hbmeta.problem import Problem
 from hbmeta.program import Batch, Program, Theta
 from hbmeta.staging import tier_of
 from hbmeta.tasks import Tasks, TaskSet
+from hbmeta.tasks.checks import check_seed
 from hbmeta.training import Learned, Options, train
 
 _CELLS_FOR_THREADS = 50_000
@@ -103,6 +104,7 @@ class Strategy(abc.ABC):
 
     def check(self, problem: Problem) -> None:
         """Raises UnsupportedModelError where the strategy makes no sense for the program."""
+        return  # every program is welcome, unless a strategy says otherwise
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """Finds θ and `own`; by default gradient descent on `loss`."""
@@ -158,26 +160,38 @@ class Strategy(abc.ABC):
             ConvergenceError: the loss became infinite or NaN.
         """
         start = time.perf_counter()
+        where = f"{self.name}.fit"
         tier = tier_of(compile)
+        seed = check_seed(seed, where=where)
         if not callable(model):
             raise UnsupportedModelError(
-                f"{self.name}.fit",
+                where,
                 needed="a model: a HierarchicalModel or a Pyro program",
                 found=type(model).__name__,
                 do="Pass the model first and the tasks second.",
             )
-        if steps < 1:
+        if not isinstance(steps, int) or steps < 1:
             raise DataError(
-                f"{self.name}.fit", needed="steps of 1 or more", found=str(steps), do="Raise steps."
+                where,
+                needed="steps as a whole number of 1 or more",
+                found=f"steps={steps!r}",
+                do="Pass for example steps=2000.",
+            )
+        if not all(0 <= rate < float("inf") for rate in (learning_rate, theta_learning_rate)):
+            raise DataError(
+                where,
+                needed="learning rates of 0 or more",
+                found=f"learning_rate={learning_rate}, theta_learning_rate={theta_learning_rate}",
+                do="Leave them out for the defaults.",
             )
         known = training_tasks(tasks, seed)
         if device is not None:
-            known = known.to(device=torch.device(device))
+            known = _on_device(known, device, where)
         bound = model.bind(known) if isinstance(model, HierarchicalModel) else model
         problem = Problem(bound, known)
         if self.learns_spread and known.n_tasks < 2 and problem.sites.globals:
             raise DataError(
-                f"{self.name}.fit",
+                where,
                 needed="two groups or more, to estimate how much they vary",
                 found="one group",
                 do="Use NoPooling or NUTS for a single group.",
@@ -222,9 +236,21 @@ class Strategy(abc.ABC):
             )
 
 
+def _on_device(tasks: Tasks, device: str | torch.device, where: str) -> Tasks:
+    try:
+        return tasks.to(device=torch.device(device))
+    except (AssertionError, RuntimeError) as error:  # which of them depends on torch's build
+        raise DataError(
+            where,
+            needed="a device that this build of torch can use here",
+            found=f"{str(device)!r} ({str(error).splitlines()[0]})",
+            do="Leave device out to stay where the data are.",
+        ) from error
+
+
 @contextlib.contextmanager
 def _threads_for(tasks: Tasks) -> Iterator[None]:
-    """One thread for small data: a second one waits more than it works, and much more on a busy machine."""
+    """One thread for small data: a second waits more than it works, above all on a busy machine."""
     before = torch.get_num_threads()
     small = tasks.device.type == "cpu" and tasks.n_tasks * tasks.max_points < _CELLS_FOR_THREADS
     try:

@@ -205,6 +205,7 @@ class Tasks(RaggedLayout):
         Args:
             rows: (n,) bool over the flat rows.
         """
+        rows = torch.as_tensor(rows)
         if rows.dtype != torch.bool or tuple(rows.shape) != (self.n_points,):
             raise DataError(
                 "Tasks.keep",
@@ -369,6 +370,10 @@ class TaskSource(Protocol):
 
 
 def _check_alike(first: Tasks, second: Tasks, *, where: str) -> None:
+    for part in (first, second):
+        if not isinstance(part, Tasks):
+            found = type(part).__name__
+            raise DataError(where, needed="Tasks", found=found, do="Wrap arrays in Tasks(x, y).")
     if first.ids != second.ids:
         differing = [id for id in first.ids if id not in set(second.ids)] + [
             id for id in second.ids if id not in set(first.ids)

@@ -94,7 +94,15 @@ def _as_x_and_y(x: Any, y: Any, *, where: str) -> tuple[Tensor, Tensor | None]:
 
 def _as_mask(mask: Any, shape: tuple[int, int], *, where: str) -> Tensor:
     """Turn a mask into a bool tensor of the given shape (tasks, points)."""
-    tensor = mask if isinstance(mask, Tensor) else torch.tensor(np.asarray(mask))
+    try:
+        tensor = mask if isinstance(mask, Tensor) else torch.tensor(np.asarray(mask))
+    except (TypeError, ValueError):
+        raise DataError(
+            where,
+            needed=f"a mask of shape (tasks, points) = {shape}, as x has it",
+            found=f"a {type(mask).__name__} that makes no array of bools",
+            do="Give every task one entry per padded row of x.",
+        ) from None
     if tensor.dtype != torch.bool:
         raise DataError(
             where,

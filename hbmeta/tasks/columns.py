@@ -128,10 +128,18 @@ def names_in(frame: Any, names: Sequence[str], *, where: str) -> None:
             found=type(frame).__name__,
             do="Convert it with pandas.DataFrame(...).",
         )
-    have = [str(column) for column in frame.columns]
+    have = list(frame.columns)
     for name in names:
+        if not isinstance(name, str):
+            raise DataError(
+                where,
+                needed="names of columns as text",
+                found=f"{name!r} of type {type(name).__name__}",
+                do="Rename columns with frame.columns.astype(str); pass x=[] for no inputs.",
+            )
         if have.count(name) != 1:
-            near = difflib.get_close_matches(name, have, n=1, cutoff=0.5)
+            texts = [column for column in have if isinstance(column, str)]
+            near = difflib.get_close_matches(name, texts, n=1, cutoff=0.5)
             hint = f"Was {near[0]!r} meant? " if near else ""
             raise DataError(
                 where,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import get_args
 
 import pandas as pd
@@ -62,7 +62,7 @@ def from_frame(
         Tasks(2 tasks, 3 points (1 to 2 each), features [sex[m]], y numbers, float64)
     """
     where = "from_frame"
-    inputs = [x] if isinstance(x, str) else list(x)
+    inputs = list(x) if isinstance(x, Iterable) and not isinstance(x, str) else [x]
     _check_choice(missing, get_args(MissingPolicy), "missing")
     _check_choice(unseen, get_args(UnseenPolicy), "unseen")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

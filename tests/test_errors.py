@@ -1,0 +1,667 @@
+"""Every kind of bad input in one table: what was needed, what was found, what to do.
+
+Each entry calls a public entry point. The error must be of the right class, name the offending
+thing, and leave no trace in global state. Details of a kind are tested beside its code.
+"""
+
+from unittest import mock
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import hbmeta as hb
+from hbmeta import cli, errors, models, tasks
+from hbmeta.errors import (
+    ConvergenceError,
+    CurvatureError,
+    DataError,
+    FileError,
+    HbmetaError,
+    ProgramError,
+    UnsupportedModelError,
+)
+from hbmeta.files import read_tensors, write_tensors
+from hbmeta.inference import MAML, NUTS, AmortizedGuide, ExactLinear
+from hbmeta.loading import strategy_from_settings
+from hbmeta.staging import StagingError
+from tests import cases, fits
+
+# Data
+
+
+def arrays(*, dtype=np.float64, entry=None):
+    """x (2, 3, 1) and y (2, 3), the last entry of x or y replaced."""
+    x, y = np.ones((2, 3, 1), dtype), np.ones((2, 3))
+    for name, value in (entry or {}).items():
+        {"x": x, "y": y}[name].flat[-1] = value
+    return x, y
+
+
+def some(y=1.0) -> tasks.Tasks:
+    """Two tasks of three rows with this y everywhere."""
+    x, _ = arrays()
+    return tasks.Tasks(x, np.full((2, 3), y), ids=["a", "b"])
+
+
+def from_frame(column=None, values=None, **changes):
+    """The table of schools as tasks; a column with other values, other arguments."""
+    frame = fits.table()
+    if column is not None:
+        frame[column] = values
+    return tasks.from_frame(frame, **({"group": "school", "x": ["hours"], "y": "score"} | changes))
+
+
+def one_missing(name):
+    values = fits.table()[name].astype(object)
+    values[3] = None
+    return values if name == "school" else values.astype(float)
+
+
+# Programs
+
+
+def task(x):
+    return pyro.plate("task", x.shape[0], dim=-2)
+
+
+def point(x):
+    return pyro.plate("point", x.shape[1], dim=-1)
+
+
+def without_point(x, y=None):
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(phi + x[..., 0], 1.0), obs=y)
+
+
+def with_plates_named_alike(x, y=None):
+    with pyro.plate("columns", 2):
+        pyro.sample("first", dist.Normal(0.0, 1.0))
+    with pyro.plate("columns", 3):
+        pyro.sample("second", dist.Normal(0.0, 1.0))
+
+
+def with_a_latent_inside_point(x, y=None):
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        with point(x):
+            error = pyro.sample("error", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(phi + error, 1.0), obs=y)
+
+
+def with_a_discrete_local(x, y=None):
+    with task(x):
+        kind = pyro.sample("kind", dist.Bernoulli(0.5))
+        with point(x):
+            pyro.sample("y", dist.Normal(kind, 1.0), obs=y)
+
+
+def with_deterministic_data(x, y=None):
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        with point(x):
+            pyro.deterministic("score", phi + x[..., 0])
+
+
+def with_a_param(x, y=None):
+    shift = pyro.param("shift", torch.tensor(0.0))
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(shift, 1.0))
+        with point(x):
+            pyro.sample("y", dist.Normal(phi, 1.0), obs=y)
+
+
+def with_an_improper_prior(x, y=None):
+    """log p(φ) grows as 9.5 φ²: no probability density, and no mode either."""
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        pyro.factor("bonus", 10.0 * phi**2)
+        with point(x):
+            pyro.sample("y", dist.Normal(phi, 1.0), obs=y)
+
+
+def fit(program=None, data=None, **settings):
+    """A fit of one step, of varying intercepts unless another program is given."""
+    program = models.VaryingEffects() if program is None else program
+    data = some() if data is None else data
+    return MAML().fit(program, data, **({"steps": 1, "compile": False} | settings))
+
+
+# Files
+
+
+def saved(path, *, keep=1.0, flip=None, version=1, **header):
+    """A saved fit: cut short, with a flipped bit, of another version, or with another header."""
+    with mock.patch("hbmeta.files.VERSION", version):
+        fits.fitted("MAML").save(path)
+    if header:
+        write_tensors(path, read_tensors(path)[0], read_tensors(path)[1] | header)
+    content = bytearray(path.read_bytes())
+    if flip is not None:
+        content[flip] ^= 1
+    path.write_bytes(content[: int(keep * len(content))])
+    return path
+
+
+def saved_own_program(path):
+    fits.fit(MAML(), cases.case("linear_own_flat").tasks, cases.linear_flat).save(path)
+    return path
+
+
+def resumed_with_another_seed(path):
+    with mock.patch("hbmeta.training._CHECKPOINT_EVERY", 2):
+        fits.fit(MAML(), checkpoint=path)
+    fits.fit(MAML(), checkpoint=path, seed=1)
+
+
+def no_query():
+    known = fits.task_set().tasks
+    nothing = known.keep(torch.zeros(known.n_points, dtype=torch.bool))
+    return hb.compare({"maml": fits.fitted("MAML")}, hb.Episode(known, nothing))
+
+
+def kind(id, found, call, names="", error=DataError):
+    """A kind of bad input.
+
+    Args:
+        found: what the error's "found" has to show.
+        call: what goes wrong, given the path of a file that does not exist.
+        names: what the message has to name beside it: the site, the column, the file.
+        error: the class of the error, exactly.
+    """
+    return pytest.param(error, found, names, call, id=id)
+
+
+FILE = "fit.hbmeta"
+BOUNDED = "0 and 1"
+
+DATA = [
+    kind(
+        "NaN in x",
+        "nan in column 'dose' of x, task 'b', row 2",
+        lambda _: tasks.Tasks(*arrays(entry={"x": np.nan}), ids=["a", "b"], features=["dose"]),
+    ),
+    kind(
+        "infinity in y",
+        "inf in y, task 'b', row 2",
+        lambda _: tasks.Tasks(*arrays(entry={"y": np.inf}), ids=["a", "b"]),
+    ),
+    kind(
+        "x and y of unequal lengths",
+        "shape (2, 4)",
+        lambda _: tasks.Tasks(arrays()[0], np.zeros((2, 4))),
+        "(2, 3)",
+    ),
+    kind(
+        "flat x and y of unequal lengths",
+        "x (3, 1), y (4,), task (3,)",
+        lambda _: tasks.Tasks.from_flat(np.zeros((3, 1)), np.zeros(4), [0, 0, 1], 2),
+    ),
+    kind(
+        "tasks of unequal lengths as lists",
+        "inhomogeneous",
+        lambda _: tasks.Tasks([[[1.0], [2.0]], [[3.0]]]),
+        "pass a mask",
+    ),
+    kind(
+        "a mask of unequal lengths",
+        "a list that makes no array of bools",
+        lambda _: tasks.Tasks(*arrays(), mask=[[True] * 3, [True]]),
+        "(2, 3)",
+    ),
+    kind("wrong rank", "shape (2, 3)", lambda _: tasks.Tasks(np.zeros((2, 3)))),
+    kind(
+        "integers where floats belong",
+        "int64",
+        lambda _: tasks.Tasks(*arrays(dtype=np.int64)),
+        "x.double()",
+    ),
+    kind(
+        "class labels of a wrong dtype",
+        "int32",
+        lambda _: tasks.Tasks(arrays()[0], np.zeros((2, 3), np.int32)),
+        "y.long() for class labels",
+    ),
+    kind(
+        "a negative class label",
+        "the label -1",
+        lambda _: tasks.Tasks(arrays()[0], np.full((2, 3), -1)),
+    ),
+    kind(
+        "a task id twice",
+        "the id 'a' more than once",
+        lambda _: tasks.Tasks(*arrays(), ids=["a", "a"]),
+    ),
+    kind("an unknown task id", "'z'", lambda _: some().select(["a", "z"]), "'a', 'b'"),
+    kind("no task", "none", lambda _: tasks.Tasks(np.zeros((0, 3, 1)))),
+    kind(
+        "parts of other tasks in an episode",
+        "'b'",
+        lambda _: hb.Episode(some(), some()[[0]]),
+        "tasks.select(ids)",
+    ),
+    kind("tensors in an episode", "Tensor", lambda _: hb.Episode(*torch.ones(2, 3))),
+    kind("a seed below 0", "-1", lambda _: some().split(2, seed=-1)),
+    kind(
+        "a covariance of tasks that is not positive definite",
+        "smallest eigenvalue -1",
+        lambda _: tasks.LinearTasks([0.0, 0.0], [[1.0, 2.0], [2.0, 1.0]], noise=1.0),
+        "covariance",
+    ),
+    kind(
+        "a covariance in a model that is not positive definite",
+        "smallest eigenvalue -1",
+        lambda _: models.LinearRegression(covariance=[[1.0, 2.0], [2.0, 1.0]]),
+        "covariance",
+    ),
+]
+
+FRAMES = [
+    kind("an unknown column", "'hours'", lambda _: from_frame(x=["hour"]), "Was 'hours' meant?"),
+    kind("a number as a column", "0 of type int", lambda _: from_frame(group=0)),
+    kind("no list of inputs", "None", lambda _: from_frame(x=None), "x=[]"),
+    kind(
+        "a missing value",
+        "1 of 35 missing, first in the rows [3]",
+        lambda _: from_frame("hours", one_missing("hours")),
+        "'hours'",
+    ),
+    kind(
+        "a column of missing values",
+        "35 of 35 missing",
+        lambda _: from_frame("hours", np.nan, missing="drop"),
+        "'hours'",
+    ),
+    kind(
+        "a missing value in the group column",
+        "1 of 35 missing, first in the rows [3]",
+        lambda _: from_frame("school", one_missing("school")),
+        "'school'",
+    ),
+    kind(
+        "fractions in the group column",
+        "0.5 of type float",
+        lambda _: from_frame("school", np.arange(35) + 0.5),
+        "'school'",
+    ),
+    kind(
+        "an infinite value",
+        "35 infinite, first in the rows [0, 1",
+        lambda _: from_frame("hours", np.inf),
+        "'hours'",
+    ),
+    kind(
+        "a constant column to standardise",
+        "1.0 in all of its 35 rows",
+        lambda _: from_frame("hours", 1.0, standardise=["hours"]),
+        "'hours'",
+    ),
+    kind(
+        "an unseen category",
+        "the unseen 'male'",
+        lambda _: from_frame("sex", ["m", "f"] * 17 + ["m"], x=["sex"]).schema.encode(
+            fits.table().assign(sex="male")
+        ),
+        "'sex': 'f', 'm'",
+    ),
+    kind("an unknown policy", "'skip'", lambda _: from_frame(missing="skip"), "'raise', 'drop'"),
+    kind(
+        "a set that is split twice",
+        "TaskSet(6 groups",
+        lambda _: fits.task_set().split(seed=0).split(seed=0),
+    ),
+    kind(
+        "a share of groups that leaves no new one",
+        "groups=1.0 of 6",
+        lambda _: fits.task_set().split(groups=1.0, seed=0),
+    ),
+]
+
+PROGRAMS = [
+    kind(
+        "a missing plate",
+        "plates ['task'], batch shape (2, 3)",
+        lambda _: fit(without_point),
+        "without_point, site 'y'",
+        error=ProgramError,
+    ),
+    kind(
+        "two plates named alike",
+        "two (sizes 2 and 3",
+        lambda _: fit(with_plates_named_alike),
+        "site 'second': needed one plate named 'columns'",
+        error=ProgramError,
+    ),
+    kind(
+        "a latent inside the plate of points",
+        "a latent inside plate 'point'",
+        lambda _: fit(with_a_latent_inside_point),
+        "site 'error'",
+        error=ProgramError,
+    ),
+    kind(
+        "a discrete local latent",
+        "a discrete local latent (Bernoulli)",
+        lambda _: fit(with_a_discrete_local),
+        "site 'kind'",
+        error=ProgramError,
+    ),
+    kind(
+        "a deterministic site taken for data",
+        "deterministic site 'score', which is no data",
+        lambda _: fit(with_deterministic_data),
+        error=ProgramError,
+    ),
+    kind(
+        "a parameter in Pyro's store",
+        "a pyro.param statement",
+        lambda _: fit(with_a_param),
+        "'shift'",
+        error=ProgramError,
+    ),
+    kind(
+        "a program that fails",
+        "TypeError: ",
+        lambda _: fit(lambda x: None),
+        "x (2, 3, 1), y (2, 3)",
+        error=ProgramError,
+    ),
+    kind(
+        "negative counts",
+        "-2.0 in task 'a' (6 of 6 rows)",
+        lambda _: fit(models.VaryingEffects(family="poisson"), some(-2.0)),
+        "poisson",
+    ),
+    kind(
+        "negative counts in a program of one's own",
+        "-2.0 in 6 of 6 rows",
+        lambda _: fit(cases.gamma_poisson, some(-2.0)),
+        "site 'y': needed data in the support of Poisson",
+    ),
+    kind(
+        "a coefficient of an unknown column",
+        "'x0'",
+        lambda _: fit(models.VaryingEffects(fixed=["x_0"])),
+        "'x_0'",
+    ),
+    kind(
+        "an unknown family", "'gamma'", lambda _: models.VaryingEffects(family="gamma"), "gaussian"
+    ),
+]
+
+STRATEGIES = [
+    kind(
+        "one group and a variance between groups, exactly",
+        "one group",
+        lambda _: ExactLinear().fit(fits.model(), fits.task_set().tasks[[0]]),
+        "ExactLinear.fit",
+    ),
+    kind(
+        "one group and a variance between groups, amortized",
+        "one group",
+        lambda _: AmortizedGuide().fit(fits.model(), fits.task_set().tasks[[0]]),
+        "AmortizedGuide.fit",
+    ),
+    kind(
+        "tasks and model swapped",
+        "TaskSet",
+        lambda _: MAML().fit(fits.task_set(), fits.model()),
+        "the model first",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a data frame as tasks", "DataFrame", lambda _: fit(data=fits.table()), "tasks.from_frame"
+    ),
+    kind(
+        "a source of something else",
+        "Mock, whose sample returns int",
+        lambda _: fit(data=mock.Mock(sample=lambda n_tasks, *, seed: 3)),
+    ),
+    kind(
+        "yes/no answers for an exact linear strategy",
+        "Bernoulli",
+        lambda _: ExactLinear().fit(cases.case("bernoulli").program, cases.case("bernoulli").tasks),
+        "NUTS",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "module parameters without a prior under NUTS",
+        "module parameter 'weight' without one",
+        lambda _: NUTS().fit(fits.Heads(), fits.task_set()),
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a curvature that is not positive definite",
+        "task 'a' with smallest eigenvalue -16",
+        lambda _: ExactLinear().fit(with_an_improper_prior, some(), compile=False),
+        error=CurvatureError,
+    ),
+    kind(
+        "a fit that diverges",
+        "at step 0",
+        lambda _: MAML(steps=60, step_size=1e3).fit(
+            fits.Heads(), fits.task_set(), steps=1, compile=False
+        ),
+        "MAML.fit",
+        error=ConvergenceError,
+    ),
+    kind("no step", "steps=0", lambda _: fit(steps=0)),
+    kind("a part of a step", "steps=2.5", lambda _: fit(steps=2.5)),
+    kind("a negative learning rate", "learning_rate=-1", lambda _: fit(learning_rate=-1)),
+    kind(
+        "more tasks per step than there are",
+        "100",
+        lambda _: fit(cases.linear_nested, some(), tasks_per_step=100),
+        "between 1 and 2",
+    ),
+    kind("an unknown tier", "'fast'", lambda _: fit(compile="fast"), "'auto'", error=StagingError),
+    kind("an unknown device", "'nowhere'", lambda _: fit(device="nowhere")),
+    kind("a seed that is text", "'one'", lambda _: fit(seed="one")),
+    kind("a negative step size", "step_size=-1", lambda _: MAML(step_size=-1)),
+    kind("no draws", "'draws': 0", lambda _: NUTS(draws=0)),
+    kind("an encoder of no width", "hidden=0", lambda _: AmortizedGuide(hidden=0)),
+]
+
+USE = [
+    kind(
+        "an unknown setting",
+        "'step'",
+        lambda _: fits.fitted("MAML").adapt(fits.new_tasks(), step=3),
+        "'steps'",
+    ),
+    kind(
+        "tasks with other features",
+        "['x0']",
+        lambda _: fits.fitted("MAML").adapt(some()),
+        "['hours']",
+    ),
+    kind(
+        "an episode as the support",
+        "Episode",
+        lambda _: fits.fitted("MAML").adapt(fits.new_tasks().split(1, seed=0)),
+    ),
+    kind(
+        "a support without y",
+        "no y",
+        lambda _: fits.fitted("MAML").adapt(tasks.Tasks(arrays()[0], features=["hours"])),
+    ),
+    kind(
+        "an unknown task in a posterior",
+        "'z'",
+        lambda _: fits.fitted("MAML").posterior.select(["z"]),
+    ),
+    kind(
+        "inputs of other tasks",
+        "6 tasks",
+        lambda _: fits.adapted("MAML").predict(fits.task_set().tasks),
+        "these 2 tasks",
+    ),
+    kind(
+        "an interval in percent",
+        "90",
+        lambda _: fits.adapted("MAML").predict(fits.new_tasks()).interval(90),
+        BOUNDED,
+    ),
+    kind(
+        "a level above 1",
+        "1.5",
+        lambda _: fits.adapted("MAML").predict(fits.new_tasks()).quantile(1.5),
+        BOUNDED,
+    ),
+    kind(
+        "an interval in percent for a frame",
+        "90",
+        lambda _: fits.fitted("MAML").predict(fits.table(), interval=90),
+        BOUNDED,
+    ),
+    kind(
+        "y of another shape",
+        "shape (5,)",
+        lambda _: fits.adapted("MAML").predict(fits.new_tasks()).log_prob(torch.zeros(5)),
+    ),
+    kind(
+        "a frame for a fit without one",
+        "a fit on tasks that came without a data frame",
+        lambda _: fits.fit(MAML(), fits.task_set().tasks).predict(fits.table()),
+    ),
+    kind(
+        "a known group among the support rows",
+        "rows of 'f', which was fitted on",
+        lambda _: fits.fitted("MAML").predict(fits.table(), support=fits.table()),
+    ),
+    kind("an empty query", "no query row in any of 6 tasks", lambda _: no_query()),
+    kind(
+        "a comparison of data that were not split",
+        "a set that was not split",
+        lambda _: hb.compare({"maml": fits.fitted("MAML")}, fits.task_set()),
+    ),
+    kind(
+        "an unknown reference",
+        "'nuts'",
+        lambda _: hb.compare(
+            {"nut": fits.fitted("MAML")}, fits.task_set().split(seed=0), reference="nuts"
+        ),
+        "The nearest name is 'nut'",
+    ),
+    kind("nothing to compare", "none", lambda _: hb.compare({}, fits.task_set())),
+]
+
+FILES = [
+    kind("a missing file", "no such file", lambda path: hb.load(path), FILE, error=FileError),
+    kind(
+        "a corrupt file",
+        "checksum",
+        lambda path: hb.load(saved(path, flip=-5)),
+        FILE,
+        error=FileError,
+    ),
+    kind(
+        "a truncated file",
+        "damaged",
+        lambda path: hb.load(saved(path, keep=0.7)),
+        FILE,
+        error=FileError,
+    ),
+    kind(
+        "a newer file",
+        "version 2 of the layout, newer than 1",
+        lambda path: hb.load(saved(path, version=2)),
+        FILE,
+        error=FileError,
+    ),
+    kind(
+        "a checkpoint in place of a fit",
+        "'checkpoint'",
+        lambda path: hb.load(saved(path, kind="checkpoint")),
+        FILE,
+        error=FileError,
+    ),
+    kind(
+        "an unknown strategy in a file",
+        "'MAMMAL'",
+        lambda path: hb.load(saved(path, strategy="MAMMAL")),
+        FILE,
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "an unknown strategy",
+        "'MAMMAL'",
+        lambda _: strategy_from_settings("MAMMAL", {}),
+        "MAML",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a program that was not given",
+        "no model=",
+        lambda path: hb.load(saved_own_program(path)),
+        "'linear_flat'",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "another program",
+        "model=linear_nested",
+        lambda path: hb.load(saved_own_program(path), model=cases.linear_nested),
+        "'linear_flat'",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "the checkpoint of another fit",
+        "another seed",
+        resumed_with_another_seed,
+        FILE,
+        error=FileError,
+    ),
+    kind(
+        "a folder in place of a file",
+        "a folder",
+        lambda path: fits.fitted("MAML").save(path.parent),
+        error=FileError,
+    ),
+]
+
+KINDS = [*DATA, *FRAMES, *PROGRAMS, *STRATEGIES, *USE, *FILES]
+
+
+@pytest.mark.parametrize(("error", "found", "names", "call"), KINDS)
+def test_bad_input(error, found, names, call, tmp_path, untouched):
+    with untouched(), pytest.raises(HbmetaError) as caught:
+        call(tmp_path / FILE)
+    raised = caught.value
+    assert type(raised) is error
+    assert found in raised.found
+    assert names in str(raised)
+    assert raised.where
+    assert raised.needed
+    assert raised.do.endswith((".", "?"))
+    assert (
+        str(raised) == f"{raised.where}: needed {raised.needed}; found {raised.found}. {raised.do}"
+    )
+    assert "\n" not in str(raised)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["radon", "--strategies", "nuts,mammal"], "found 'mammal'"),
+        (["radon", "--varying", "floor"], "found --varying"),
+        (["nothing.csv", "--group", "a", "--y", "b"], "nothing.csv"),
+    ],
+)
+def test_bad_input_on_the_command_line(arguments, found, capsys):
+    """The same message, on one line of standard error, and no traceback."""
+    assert cli.main(["compare", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("hbmeta: ")
+    assert printed.err.count("\n") == 1
+    assert "needed" in printed.err
+    assert found in printed.err
+
+
+def test_every_class_of_errors_is_in_the_table():
+    shown = {parameters.values[0] for parameters in KINDS}
+    assert {getattr(errors, name) for name in errors.__all__} - {HbmetaError} <= shown
+    assert len({parameters.id for parameters in KINDS}) == len(KINDS) >= 25
