@@ -73,6 +73,7 @@ class Feed:
         self.data, self.layout, self.needs = data, layout, needs
         self.tasks_per_step, self.seed = tasks_per_step, seed
         self.device, self.dtype = device, dtype
+        self._widths: dict[str, set[int]] = {}
         self.is_source = not isinstance(data, (TaskSet, Episode, Tasks))
         if self.is_source:
             self.n_tasks: int | None = None
@@ -137,17 +138,20 @@ class Feed:
             episode.query.to(device=self.device, dtype=self.dtype),
         )
         if self.needs == "split":
-            return self._shaped(episode.support), self._shaped(episode.query)
-        batch = self._shaped(episode.all)
+            return self._shaped(episode.support, "support"), self._shaped(episode.query, "query")
+        batch = self._shaped(episode.all, "all")
         return self._cut(batch, None, generator)
 
-    def _shaped(self, tasks: Tasks) -> Batch:
-        """Nested batches padded to a multiple of 8 points, so that few shapes are traced."""
+    def _shaped(self, tasks: Tasks, role: str) -> Batch:
+        """Nested batches, padded to a multiple of 8 where sizes differ, so that few are traced."""
         batch = Batch.of(tasks, self.layout)
         if batch.task is not None:
             return batch
         width = batch.x.shape[1]
-        short = -width % 8 if int(tasks.counts.min()) != int(tasks.counts.max()) else 0
+        widths = self._widths.setdefault(role, set())
+        widths.add(width)
+        ragged = len(widths) > 1 or int(tasks.counts.min()) != int(tasks.counts.max())
+        short = -width % 8 if ragged else 0
         if not short:
             return batch
         first = torch.zeros(short, dtype=torch.int64, device=batch.x.device)

@@ -368,7 +368,7 @@ class _Reader:
                 self.name,
                 needed="an observed site: pyro.sample(name, distribution, obs=y) inside `point`",
                 found=found,
-                do="Pass obs=y to a distribution; a deterministic adds nothing to the likelihood.",
+                do="Pass y as obs of a distribution; pyro.deterministic adds nothing to log p(y).",
             )
         if not groups["local"]:
             raise ProgramError(

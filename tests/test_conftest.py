@@ -21,7 +21,7 @@ CHANGES: dict[str, Callable[[], object]] = {
 @pytest.fixture(autouse=True)
 def _restored():
     seeds = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    with pyro.get_param_store().scope(), pyro.settings.context():
+    with pyro.get_param_store().scope(), pyro.settings.context(module_local_params=False):
         yield
     torch.set_default_dtype(torch.float32)
     torch.set_rng_state(seeds[0])

@@ -4,6 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from examples import new_strategy, own_frame, own_program
 from hbmeta import models, tasks
 from hbmeta.conditional import conditional
 from hbmeta.loading import load
+from tests.cases import SCHOOLS_SIGMA, SCHOOLS_Y
 from tests.conftest import REPOSITORY
 
 # Chains this short are warned of (split R̂, effective draws), which is right.
@@ -24,6 +26,17 @@ def rows(printed: str) -> set[str]:
     return {line.split()[0] for line in printed.splitlines() if line.split()}
 
 
+def mode_of_tau() -> float:
+    """Eight schools: τ at the mode of p(μ, log τ | y), the effects integrated out, on a grid."""
+    tau = np.linspace(0.1, 20.0, 20_000)[:, None]
+    y, variance = np.array(SCHOOLS_Y), np.array(SCHOOLS_SIGMA) ** 2 + tau**2
+    # Given τ, the mode in μ ~ N(0, 5²) is the precision-weighted mean.
+    mu = ((y / variance).sum(1) / ((1 / variance).sum(1) + 1 / 25))[:, None]
+    likelihood = -0.5 * (np.log(variance) + (y - mu) ** 2 / variance).sum(1)
+    prior = -0.5 * mu**2 / 25 - np.log1p((tau / 5) ** 2) + np.log(tau)
+    return float(tau[np.argmax(likelihood + prior[:, 0]), 0])
+
+
 @short_chains
 def test_own_program(capsys):
     lines = Path(own_program.__file__).read_text(encoding="utf-8").splitlines()
@@ -33,9 +46,9 @@ def test_own_program(capsys):
     assert set(fits) == {"nuts", "amortized", "exact"} <= rows(printed)
     assert "8 tasks, 8 held-out points" in printed
     assert "Distance d of q(φ | S) to nuts" in printed
-    # The exact mode of τ on the log scale, by a grid over p(τ | y) (docs/design.md, "θ").
-    assert float(fits["exact"].globals()["tau"]) == pytest.approx(3.63, abs=0.01)
-    assert f"'exact': {float(fits['exact'].globals()['tau'])}" in printed
+    tau = float(fits["exact"].globals()["tau"])
+    assert tau == pytest.approx(mode_of_tau(), abs=0.002)
+    assert f"'exact': {tau}" in printed
 
 
 @short_chains

@@ -94,7 +94,12 @@ class Strategy(abc.ABC):
         """(tasks,) what training minimises; by default −log p(Q | φ̂, S, θ) per query point."""
         density = self.posterior(problem, theta, own, support)
         if not isinstance(density, Delta):
-            raise NotImplementedError(f"{self.name} must define its loss")
+            raise UnsupportedModelError(
+                self.name,
+                needed="a point posterior (Delta) for the default loss",
+                found=type(density).__name__,
+                do="Override loss() in the strategy.",
+            )
         log_predictive = problem.log_predictive(theta, density.loc, support, query)
         return -log_predictive / query.counts.clamp_min(1.0)
 
