@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ConvergenceError",
     "CurvatureError",
@@ -9,6 +11,7 @@ __all__ = [
     "FileError",
     "HbmetaError",
     "ProgramError",
+    "StagingError",
     "UnsupportedModelError",
 ]
 
@@ -26,6 +29,14 @@ class HbmetaError(Exception):
     def __init__(self, where: str, *, needed: str, found: str, do: str) -> None:
         self.where, self.needed, self.found, self.do = where, needed, found, do
         super().__init__(f"{where}: needed {needed}; found {found}. {do}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuilds from the parts, so that an error survives the way out of a worker process."""
+        return _rebuild, (type(self), self.where, self.needed, self.found, self.do)
+
+
+def _rebuild(kind: type[HbmetaError], where: str, needed: str, found: str, do: str) -> HbmetaError:
+    return kind(where, needed=needed, found=found, do=do)
 
 
 class DataError(HbmetaError, ValueError):
@@ -50,3 +61,7 @@ class CurvatureError(HbmetaError, ArithmeticError):
 
 class FileError(HbmetaError, OSError):
     """A saved file is missing, corrupt, truncated, of another kind or of a newer version."""
+
+
+class StagingError(HbmetaError, RuntimeError):
+    """A function cannot be traced, or its graph disagrees with it."""

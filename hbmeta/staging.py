@@ -27,7 +27,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from hbmeta.errors import HbmetaError
+from hbmeta.errors import DataError, HbmetaError, StagingError
 from hbmeta.simplification import simplify
 
 Tier = Literal["eager", "graph", "compiled"]
@@ -42,11 +42,7 @@ _ROUNDINGS = 64
 # Below this many elements a second thread costs more than it brings.
 _ELEMENTS_FOR_THREADS = 100_000
 
-__all__ = ["TIERS", "Staged", "StagingError", "Tier", "compiler_available", "tier_of"]
-
-
-class StagingError(HbmetaError, RuntimeError):
-    """A function cannot be traced, or its graph disagrees with it."""
+__all__ = ["TIERS", "Staged", "Tier", "compiler_available", "tier_of"]
 
 
 def tier_of(compile: bool | str) -> Tier | Literal["auto"]:
@@ -61,7 +57,7 @@ def tier_of(compile: bool | str) -> Tier | Literal["auto"]:
         return "eager"
     if compile == "auto" or compile in TIERS:
         return compile  # type: ignore[return-value]
-    raise StagingError(
+    raise DataError(
         "compile",
         needed=f"True, False, 'auto' or one of {', '.join(TIERS)}",
         found=repr(compile),

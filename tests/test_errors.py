@@ -21,12 +21,12 @@ from hbmeta.errors import (
     FileError,
     HbmetaError,
     ProgramError,
+    StagingError,
     UnsupportedModelError,
 )
 from hbmeta.files import read_tensors, write_tensors
 from hbmeta.inference import MAML, NUTS, AmortizedGuide, ExactLinear
 from hbmeta.loading import strategy_from_settings
-from hbmeta.staging import StagingError
 from tests import cases, fits
 
 # Data
@@ -104,6 +104,14 @@ def with_deterministic_data(x, y=None):
         phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
         with point(x):
             pyro.deterministic("score", phi + x[..., 0])
+
+
+def with_a_branch(x, y=None):
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        scale = 2.0 if phi.sum() > 0 else 1.0
+        with point(x):
+            pyro.sample("y", dist.Normal(phi, scale), obs=y)
 
 
 def with_a_param(x, y=None):
@@ -457,7 +465,13 @@ STRATEGIES = [
         lambda _: fit(cases.linear_nested, some(), tasks_per_step=100),
         "between 1 and 2",
     ),
-    kind("an unknown tier", "'fast'", lambda _: fit(compile="fast"), "'auto'", error=StagingError),
+    kind(
+        "a branch on the value of a tensor",
+        "Error",
+        lambda _: NUTS(draws=5, chains=1).fit(with_a_branch, some(), compile="graph"),
+        error=StagingError,
+    ),
+    kind("an unknown tier", "'fast'", lambda _: fit(compile="fast"), "'auto'"),
     kind("an unknown device", "'nowhere'", lambda _: fit(device="nowhere")),
     kind("a seed that is text", "'one'", lambda _: fit(seed="one")),
     kind("a negative step size", "step_size=-1", lambda _: MAML(step_size=-1)),

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from hbmeta import staging
+from hbmeta.errors import DataError, StagingError
 from hbmeta.inference import MAML, AmortizedGuide
 from hbmeta.models import VaryingEffects
 from hbmeta.problem import Problem
-from hbmeta.staging import Staged, StagingError, compiler_available, tier_of
+from hbmeta.staging import Staged, compiler_available, tier_of
 from tests.cases import case
 
 
@@ -280,5 +281,5 @@ def test_tier_of(argument, tier):
 
 @pytest.mark.parametrize("argument", ["fast", None, 2])
 def test_unknown_tiers_are_refused(argument):
-    with pytest.raises(StagingError, match="compile: needed True, False, 'auto'"):
+    with pytest.raises(DataError, match="compile: needed True, False, 'auto'"):
         tier_of(argument)
