@@ -106,7 +106,7 @@ def inspect_program(program: Program, batch: Batch) -> Sites:
     """
     name = program_name(program)
     record = _Inspect(program)
-    with torch.random.fork_rng(devices=[]), isolated(batch.x.dtype, validate=True):
+    with torch.random.fork_rng(devices=[]), isolated(batch.x, validate=True):
         torch.manual_seed(0)
         with record:
             try:

@@ -154,17 +154,18 @@ class Evaluation:
 
 
 @contextlib.contextmanager
-def isolated(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
-    """Runs a program and leaves parameter store, validation switch and default dtype untouched.
+def isolated(x: Tensor, *, validate: bool = False) -> Iterator[None]:
+    """Runs a program on x without touching the parameter store, the validation switch or defaults.
 
-    Inside, numbers written in the program (`Normal(0.0, 0.1)`) take the dtype of the data. Without
-    the scope a module's parameters would be read from Pyro's global store, and the θ that was
-    passed would be ignored without a word.
+    Inside, numbers written in the program (`Normal(0.0, 0.1)`) take the dtype and the device of x.
+    Without the scope a module's parameters would be read from Pyro's global store, and the θ that
+    was passed would be ignored without a word.
     """
     before = torch.get_default_dtype()
+    elsewhere = contextlib.nullcontext() if x.device.type == "cpu" else x.device
     try:
-        torch.set_default_dtype(dtype)
-        with pyro.get_param_store().scope(), pyro.validation_enabled(validate):
+        torch.set_default_dtype(x.dtype)
+        with elsewhere, pyro.get_param_store().scope(), pyro.validation_enabled(validate):
             yield
     finally:
         torch.set_default_dtype(before)
@@ -307,7 +308,7 @@ def evaluate(
         if parameters:
             runnable = _Functional(program, parameters)
     run = _Run(theta, phi, batch, response)
-    with isolated(batch.x.dtype), run:
+    with isolated(batch.x), run:
         batch.run(runnable, with_y=with_y)
     return run.result
 

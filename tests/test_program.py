@@ -179,7 +179,7 @@ VECTOR = {
 def expected_density(name: str, u: torch.Tensor) -> float:
     """log p(x(u)) + log |det dx/du|, the Jacobian by differentiating every coordinate."""
     family, by_hand = VECTOR[name]
-    with isolated(torch.float64):
+    with isolated(torch.zeros(1, dtype=torch.float64)):
         transform = biject_to(family().support)
         constant = 0.0
         if name == "LKJCholesky":
@@ -521,7 +521,11 @@ def test_isolation_ends_with_an_error(untouched, validate):
         pyro.param("other", torch.tensor(1.0))
         raise KeyError
 
-    with untouched(), pytest.raises(KeyError), isolated(torch.float64, validate=validate):
+    with (
+        untouched(),
+        pytest.raises(KeyError),
+        isolated(torch.zeros(1, dtype=torch.float64), validate=validate),
+    ):
         fail()
 
 
@@ -599,3 +603,11 @@ def test_values_are_constrained_and_per_task():
     torch.testing.assert_close(values["phi"], u.exp())
     torch.testing.assert_close(values["share"], u.softmax(-1))
     torch.testing.assert_close(values["variance"], torch.tensor(1.0, dtype=torch.float64).exp())
+
+
+def test_numbers_of_a_program_follow_the_device_of_x(untouched):
+    with untouched():
+        with isolated(torch.zeros(1, dtype=torch.float64, device="meta")):
+            written = dist.Normal(0.0, 0.1).loc
+        assert (written.device.type, written.dtype) == ("meta", torch.float64)
+        assert torch.zeros(1).device.type == "cpu"
