@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from hbmeta.curvature import gradient_and_hessian
 from hbmeta.densities import Delta, Empirical, Gaussian
 from hbmeta.errors import ConvergenceError, FileError
-from hbmeta.feeding import Feed
+from hbmeta.feeding import Feed, training_tasks
 from hbmeta.files import read_tensors, write_tensors
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
@@ -100,8 +100,6 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         ConvergenceError: the loss became NaN or infinite; names the step.
         FileError: the checkpoint belongs to another fit.
     """
-    from hbmeta.feeding import training_tasks
-
     tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
     whole = problem.batch(tasks)
     own = strategy.parameters(problem, tasks, options.seed)
