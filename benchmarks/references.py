@@ -158,7 +158,9 @@ def schools(folder: Path, draws: int = DRAWS, chains: int = 4) -> list[Agreement
             float(values.mean()),
             float(values.std()),
         )
-    fitted = NUTS(draws=draws, chains=chains).fit(eight_schools, eight_schools_tasks(), seed=SEED)
+    # At 0.8 a few transitions in the neck of the funnel diverge (8 of 24,000).
+    strategy = NUTS(draws=draws, chains=chains, target_accept=0.95)
+    fitted = strategy.fit(eight_schools, eight_schools_tasks(), seed=SEED)
     found = draws_by_name(fitted)
     found["log tau"] = np.log(found["tau"])
     return compare("eight schools", found, reference)
