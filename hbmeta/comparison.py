@@ -88,7 +88,7 @@ def compare(
         for name, fitted in fits.items()
     }
     baseline = reference or min(tables, key=lambda name: float(np.mean(tables[name]["nll"])))
-    notes: list[str] = []
+    notes = [f"{name}: {text}" for name, fitted in fits.items() if (text := _leak(fitted, episode))]
     distances = _distances(fits, posteriors, reference, 4 * draws, seed, notes)
     rows = []
     for name, fitted in fits.items():
@@ -128,6 +128,18 @@ def compare(
         flags=flags,
         notes=tuple(notes),
         versions=versions(),
+    )
+
+
+def _leak(fitted: Fitted, episode: Episode) -> str:
+    """Says so where the fit has seen the query: fit(model, episode) trains on all its rows."""
+    known = set(fitted.tasks.ids)
+    shared = [i for i in episode.ids if i in known]
+    if not shared or not fitted.tasks.select(shared).same_data(episode.all.select(shared)):
+        return ""
+    return (
+        f"was fitted on the held-out points of {len(shared)} of these tasks, so its scores are no "
+        "test. Fit on episode.support, or compare on other tasks"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,41 +16,15 @@ from hbmeta.errors import DataError, ProgramError
 from hbmeta.locations import location
 from hbmeta.program import (
     Batch,
-    Layout,
     Program,
     is_deterministic,
     is_subsample,
     isolated,
+    program_name,
 )
 from hbmeta.sites import Site, Sites
 
-__all__ = ["inspect_program", "layouts", "program_name"]
-
-
-def layouts(program: Program) -> tuple[Layout, ...]:
-    """The layouts that the program's signature offers."""
-    target = program.forward if isinstance(program, nn.Module) else program
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        return ("nested",)
-    if "task" not in parameters:
-        return ("nested",)
-    if "n_tasks" not in parameters:
-        raise ProgramError(
-            program_name(program),
-            needed="both keywords of the flat layout, `task` and `n_tasks`",
-            found="`task` alone",
-            do="Write def model(x, y=None, *, task, n_tasks).",
-        )
-    return (
-        ("flat",) if parameters["task"].default is inspect.Parameter.empty else ("nested", "flat")
-    )
-
-
-def program_name(program: Program) -> str:
-    """The name of a function, or the class of a module, for errors."""
-    return getattr(program, "__name__", type(program).__name__)
+__all__ = ["inspect_program"]
 
 
 class _Inspect(Messenger):
@@ -379,17 +352,22 @@ class _Reader:
             )
 
     def response(self, observed: list[Site], messages: list[dict[str, Any]]) -> str:
-        if len(observed) == 1:
-            return observed[0].name
-        for message in messages:
-            if message["is_observed"] and message["value"] is self.batch.y:
-                return str(message["name"])
+        names = [site.name for site in observed]
+        takes_y = [m["name"] for m in messages if m["name"] in names and self.holds_y(m["value"])]
+        if len(takes_y) == 1 or (takes_y and len(names) > 1):
+            return str(takes_y[0])
         raise ProgramError(
             self.name,
             needed="one observed site that takes y as it is (obs=y), to name predictions by",
-            found=f"observed sites {[s.name for s in observed]}",
-            do="Pass y itself as obs of the site that is to be predicted.",
+            found=f"observed sites {names}" + ("" if takes_y else ", none of which holds y itself"),
+            do="Pass y itself as obs of the site that is to be predicted; transform y in the tasks "
+            "(from_frame(standardise=...)), not in the program.",
         )
+
+    def holds_y(self, value: torch.Tensor) -> bool:
+        """Whether a site observes y and not something made of it (another dtype is still y)."""
+        y = self.batch.y
+        return y is not None and value.shape == y.shape and bool((value == y).all())
 
 
 def _family(fn: Any) -> str:

@@ -9,9 +9,8 @@ from hbmeta.errors import FileError, UnsupportedModelError
 from hbmeta.files import read_tensors
 from hbmeta.fitted import Fitted, fitted_from_file
 from hbmeta.inference import Strategy
-from hbmeta.inspection import program_name
 from hbmeta.models import READY_MADE, HierarchicalModel, model_from_state
-from hbmeta.program import Program
+from hbmeta.program import Program, program_name
 
 __all__ = ["load", "strategies", "strategy_from_settings"]
 

@@ -19,8 +19,18 @@ from pyro.nn.module import PyroModule, to_pyro_module_
 from torch import Tensor, nn
 
 from hbmeta.errors import ProgramError, UnsupportedModelError
-from hbmeta.inspection import inspect_program, layouts, program_name
-from hbmeta.program import Batch, Evaluation, Layout, Phi, Program, Theta, evaluate
+from hbmeta.inspection import inspect_program
+from hbmeta.program import (
+    Batch,
+    Evaluation,
+    Layout,
+    Phi,
+    Program,
+    Theta,
+    evaluate,
+    layouts,
+    program_name,
+)
 from hbmeta.sites import Sites
 from hbmeta.tasks import Tasks
 

@@ -12,6 +12,7 @@ log p(y | φ, θ), log p(φ | θ) and log p(θ), the last two with the Jacobian 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from hbmeta.errors import ProgramError
 from hbmeta.locations import location
 from hbmeta.sites import Phi, Theta
 from hbmeta.tasks import Tasks
@@ -40,6 +42,8 @@ __all__ = [
     "Theta",
     "evaluate",
     "isolated",
+    "layouts",
+    "program_name",
 ]
 
 
@@ -321,3 +325,29 @@ class _Functional:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self.module, dict(self.parameters), args, kwargs)
+
+
+def layouts(program: Program) -> tuple[Layout, ...]:
+    """The layouts that the program's signature offers."""
+    target = program.forward if isinstance(program, nn.Module) else program
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return ("nested",)
+    if "task" not in parameters:
+        return ("nested",)
+    if "n_tasks" not in parameters:
+        raise ProgramError(
+            program_name(program),
+            needed="both keywords of the flat layout, `task` and `n_tasks`",
+            found="`task` alone",
+            do="Write def model(x, y=None, *, task, n_tasks).",
+        )
+    return (
+        ("flat",) if parameters["task"].default is inspect.Parameter.empty else ("nested", "flat")
+    )
+
+
+def program_name(program: Program) -> str:
+    """The name of a function, or the class of a module, for errors."""
+    return getattr(program, "__name__", type(program).__name__)

@@ -458,3 +458,15 @@ def test_a_point_reference_has_no_distances(fits, data):
     found = compare({"point": point, "exact": fits["exact"]}, data, reference="point")
     assert found["exact"].distance is None
     assert any("holds θ at a point" in note for note in found.notes)
+
+
+def test_a_fit_that_saw_the_query_is_named(model):
+    episode = tasks.LinearTasks([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], 0.5).sample(4, seed=0)
+    regression = models.LinearRegression()
+    seen = inference.ExactLinear().fit(regression, episode, compile="graph", progress=False)
+    honest = inference.ExactLinear().fit(
+        regression, episode.support, compile="graph", progress=False
+    )
+    found = compare({"seen": seen, "honest": honest}, episode)
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith("seen: was fitted on the held-out points of 4")

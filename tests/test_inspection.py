@@ -6,9 +6,9 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from hbmeta.errors import DataError, HbmetaError, ProgramError
-from hbmeta.inspection import inspect_program, layouts, program_name
+from hbmeta.inspection import inspect_program
 from hbmeta.problem import Problem
-from hbmeta.program import Batch
+from hbmeta.program import Batch, layouts, program_name
 from hbmeta.tasks import Tasks
 
 N_TASKS, N_POINTS = 4, 5
@@ -591,3 +591,17 @@ def test_data_to_read_the_program_from(rows):
         Problem(program, tasks)
     assert "at least one row with x and y" in caught.value.needed
     assert ("no y" if rows else "0 rows") in caught.value.found
+
+
+def test_y_transformed_inside_the_program_is_refused():
+    """Predictions and scores would be of another quantity than the y of the tasks."""
+
+    def in_tens(x, y=None):
+        with pyro.plate("task", x.shape[0], dim=-2):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                pyro.sample("z", dist.Normal(level, 1.0), obs=None if y is None else y / 10)
+
+    tasks = Tasks([[[0.0], [1.0]]], [[1.0, 2.0]])
+    with pytest.raises(ProgramError, match="none of which holds y itself"):
+        inspect_program(in_tens, Batch.of(tasks, "nested"))

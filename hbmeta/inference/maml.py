@@ -48,10 +48,11 @@ class MAML(Strategy):
     reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or not 0 <= self.step_size < float("inf"):
+        whole = isinstance(self.steps, int) and self.steps >= 0
+        if not whole or not 0 <= self.step_size < float("inf"):
             raise DataError(
                 "MAML",
-                needed="steps of 0 or more and a finite step_size of 0 or more",
+                needed="whole steps of 0 or more and a finite step_size of 0 or more",
                 found=f"steps={self.steps}, step_size={self.step_size}",
                 do="The published values are steps=1 to 10 and step_size=0.01.",
             )

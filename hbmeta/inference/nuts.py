@@ -68,13 +68,12 @@ class NUTS(Strategy):
     processes: int | None = None
 
     def __post_init__(self) -> None:
-        if (
-            min(self.draws, self.chains, self.warmup, self.max_tree_depth) < 1
-            or not 0 < self.target_accept < 1
-        ):
+        counts = (self.draws, self.chains, self.warmup, self.max_tree_depth)
+        whole = all(isinstance(count, int) and count >= 1 for count in counts)
+        if not (whole and 0 < self.target_accept < 1):
             raise DataError(
                 "NUTS",
-                needed="draws, chains, warmup and max_tree_depth of 1 or more, "
+                needed="whole draws, chains, warmup and max_tree_depth of 1 or more, "
                 "target_accept in (0, 1)",
                 found=str(self.settings()),
                 do="Correct the setting.",
@@ -224,13 +223,14 @@ def trouble(info: dict[str, Any]) -> list[str]:
             f"{info['deep_trees']} trajectories hit max_tree_depth. Raise it, or rescale the "
             "columns."
         )
-    if "r_hat" in info and bool((info["r_hat"] > 1.01).any()):
-        out.append(
-            f"split R̂ up to {float(info['r_hat'].max()):.3f} (above 1.01). Raise warmup and draws."
-        )
+    # NaN (a chain that never moved) must not pass; one chain alone has no R̂ at all.
+    several = info["diverging"].shape[0] > 1
+    if several and "r_hat" in info and not bool((info["r_hat"] <= 1.01).all()):
+        worst = float(info["r_hat"].nan_to_num(torch.inf).max())
+        out.append(f"split R̂ up to {worst:.3f} (above 1.01). Raise warmup and draws.")
     if "ess_bulk" in info:
         least = float(torch.minimum(info["ess_bulk"], info["ess_tail"]).min())
-        if least < 400:
+        if not least >= 400:
             out.append(f"an effective sample size of {least:.0f} (below 400). Raise draws.")
     return out
 
