@@ -274,12 +274,30 @@ class TaskPosterior:
                 found=f"{type(a).__name__} and {type(b).__name__}",
                 do="Compare means and standard deviations instead (hbmeta.compare).",
             )
+        self._require_same_supports(other)
         left = a.scale if not a.diagonal else torch.diag_embed(a.scale)
         right = b.scale if not b.diagonal else torch.diag_embed(b.scale)
         return torch.distributions.kl_divergence(
             torch.distributions.MultivariateNormal(a.loc, scale_tril=left),
             torch.distributions.MultivariateNormal(b.loc, scale_tril=right),
         )
+
+    def _require_same_supports(self, other: TaskPosterior) -> None:
+        """Supports that depend on θ map the same u to different φ."""
+        mine, others = (
+            p.problem.run(p.theta, {}, p.problem.batch(p.support), with_y=False).transforms
+            for p in (self, other)
+        )
+        for site in self.problem.sites.locals:
+            u = torch.full((1, 1, *site.unconstrained_shape), 0.3, dtype=self.problem.dtype)
+            u = u.to(self.problem.device)
+            if not site.real and not torch.equal(mine[site.name](u), others[site.name](u)):
+                raise UnsupportedModelError(
+                    "TaskPosterior.kl",
+                    needed="sites whose supports are the same in both fits",
+                    found=f"site {site.name!r} with a support that depends on θ",
+                    do="Compare means and standard deviations instead (hbmeta.compare).",
+                )
 
     def predict(self, x: Tasks | Tensor, *, draws: int = 1000, seed: int = 0) -> Predictive:
         """The predictive of new points of these tasks.

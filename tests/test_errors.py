@@ -114,6 +114,14 @@ def with_a_branch(x, y=None):
             pyro.sample("y", dist.Normal(phi, scale), obs=y)
 
 
+def with_a_number_for_a_tensor(x, y=None):
+    scale = pyro.sample("log_scale", dist.Normal(0.0, 1.0)).exp().detach()
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        with point(x):
+            pyro.sample("y", dist.Normal(phi, scale), obs=y)
+
+
 def with_a_param(x, y=None):
     shift = pyro.param("shift", torch.tensor(0.0))
     with task(x):
@@ -470,6 +478,12 @@ STRATEGIES = [
         "Error",
         lambda _: NUTS(draws=5, chains=1).fit(with_a_branch, some(), compile="graph"),
         error=StagingError,
+    ),
+    kind(
+        "a gradient that is cut",
+        "a slope of",
+        lambda _: NUTS(draws=5, chains=1).fit(with_a_number_for_a_tensor, some(), compile=False),
+        error=ProgramError,
     ),
     kind("an unknown tier", "'fast'", lambda _: fit(compile="fast"), "'auto'"),
     kind("an unknown device", "'nowhere'", lambda _: fit(device="nowhere")),

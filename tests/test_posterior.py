@@ -10,6 +10,7 @@ from scipy import stats
 from hbmeta import posterior as posterior_module
 from hbmeta.densities import Delta, Empirical, Gaussian
 from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.inference import AmortizedGuide
 from hbmeta.posterior import TaskPosterior, Units
 from hbmeta.problem import Problem
 from hbmeta.tasks import Tasks
@@ -455,3 +456,23 @@ def test_log_likelihood_wants_y():
 
 def test_repr_says_what_it_is():
     assert repr(build()) == "TaskPosterior(Gaussian, tasks=3, phi_size=3)"
+
+
+def test_kl_refuses_supports_that_depend_on_theta():
+    def program(x, y=None):
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("task", x.shape[0], dim=-2):
+            level = pyro.sample("level", dist.Uniform(-top, top))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                pyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    tasks = Tasks(torch.zeros(3, 4, 1, dtype=torch.float64), y)
+    guide = AmortizedGuide(hidden=4)
+    first, second = (
+        guide.fit(program, tasks, steps=3, seed=seed, compile=False).adapt(tasks) for seed in (0, 1)
+    )
+    assert torch.allclose(first.kl(first), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    with pytest.raises(UnsupportedModelError, match="'level' with a support that depends on θ"):
+        first.kl(second)

@@ -22,7 +22,7 @@ from torch import Tensor
 from hbmeta.chains import Chains, run_chains
 from hbmeta.conditional import conditional, conditional_over_draws
 from hbmeta.densities import Density, Empirical
-from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.errors import DataError, ProgramError, UnsupportedModelError
 from hbmeta.feeding import training_tasks
 from hbmeta.inference.strategy import Strategy
 from hbmeta.posterior import TaskPosterior
@@ -99,9 +99,12 @@ class NUTS(Strategy):
         expected = self.chains * (self.draws + self.warmup) * 15
         tier: Tier = "compiled" if options.tier == "auto" else options.tier
         potential, seconds_staging = staged_log_density(problem, batch, theta, tier, expected)
+        starts = self._starts(problem, batch, theta, options.seed, potential)
+        if problem.dtype == torch.float64:
+            _check_gradient(potential, starts[0], problem.name)
         found = run_chains(
             potential,
-            self._starts(problem, batch, theta, options.seed, potential),
+            starts,
             draws=self.draws,
             warmup=self.warmup,
             seed=options.seed,
@@ -233,6 +236,27 @@ def trouble(info: dict[str, Any]) -> list[str]:
         if not least >= 400:
             out.append(f"an effective sample size of {least:.0f} (below 400). Raise draws.")
     return out
+
+
+def _check_gradient(
+    potential: Callable[[Tensor], tuple[Tensor, Tensor]], point: Tensor, name: str
+) -> None:
+    """The gradient against a difference quotient; `float(tensor)` cuts it without a word."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(point.shape, generator=generator, dtype=torch.float64)
+    step = 1e-5
+    above, below = (float(potential(point + sign * step * direction)[0]) for sign in (1, -1))
+    quotient = (above - below) / (2 * step)
+    slope = float(potential(point)[1] @ direction)
+    if not math.isfinite(quotient) or not math.isfinite(slope):
+        return
+    if abs(quotient - slope) > 1e-4 + 1e-3 * (abs(quotient) + abs(slope)):
+        raise ProgramError(
+            name,
+            needed="a log density whose gradient reaches every latent",
+            found=f"a slope of {slope:.6g} where differences give {quotient:.6g}",
+            do="Take float(...), .item(), .detach() and numpy out of the program.",
+        )
 
 
 def _pack(problem: Problem, theta: Theta, phi: Tensor) -> Tensor:
