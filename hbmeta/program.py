@@ -242,6 +242,9 @@ class _Run(Messenger):
         if name == self.name_of_response and not message["is_observed"]:
             out.response = fn
             return
+        if not value.is_floating_point():
+            # Labels and counts as int64: densities want the dtype of the parameters.
+            value = value.to(self.batch.x.dtype)
         log_prob = scale_and_mask(fn.log_prob(value), message["scale"], message["mask"])
         if message["is_observed"]:
             if name == self.name_of_response:

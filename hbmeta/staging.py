@@ -15,10 +15,11 @@ function itself.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -170,7 +171,7 @@ class Staged:
         start = time.perf_counter()
         if plan.graph is None:
             plan.graph, plan.structure = trace(self.function, args)
-            plan.run, plan.tier = plan.graph, "graph"
+            plan.run, plan.tier = _interpret(plan.graph, _tensors(leaves)), "graph"
             target = self._target(plan)
         if target == "compiled" and compiler_available():
             plan.run, plan.tier = compile_graph(plan.graph, leaves), "compiled"
@@ -295,6 +296,32 @@ def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
     return simplify(graph), out["structure"]
 
 
+@contextlib.contextmanager
+def _default_dtype_of(tensors: Sequence[Any]) -> Iterator[None]:
+    """The default dtype of the data, as when the program was traced.
+
+    A graph remembers `ones([2])` without a dtype, and the logarithm of whole numbers takes the
+    default one: run or compiled under another, float64 work would fall to float32.
+    """
+    before = torch.get_default_dtype()
+    floating = [t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    try:
+        torch.set_default_dtype(floating[0] if floating else before)
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _interpret(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., Any]:
+    """The graph without a compiler."""
+
+    def run(*inputs: Tensor) -> Any:
+        with _default_dtype_of(tensors):
+            return graph(*inputs)
+
+    return run
+
+
 def compile_graph(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
     """The graph through Inductor, without Dynamo's guards: the caller's key is the guard."""
     import torch._inductor as inductor
@@ -315,6 +342,7 @@ def compile_graph(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
     with (
         torch.no_grad(),
         tracing(context),
+        _default_dtype_of(tensors),
         warnings.catch_warnings(),
         config.patch({"cpp.threads": threads}),
     ):

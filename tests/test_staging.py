@@ -283,3 +283,22 @@ def test_tier_of(argument, tier):
 def test_unknown_tiers_are_refused(argument):
     with pytest.raises(DataError, match="compile: needed True, False, 'auto'"):
         tier_of(argument)
+
+
+@pytest.mark.parametrize("tier", ["graph", "compiled"])
+def test_numbers_without_a_dtype_keep_that_of_the_data(tier):
+    """A tensor that the program makes, and the logarithm of whole numbers, stay in float64."""
+    counts = torch.tensor([1, 2, 5])
+
+    def program(x):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(x.dtype)
+        out = (
+            (x @ torch.diag(torch.ones(3))).sum() + counts.log().sum() + torch.lgamma(counts).sum()
+        )
+        torch.set_default_dtype(before)
+        return out
+
+    x = torch.rand(3, dtype=torch.float64)
+    assert abs(float(Staged(program, tier=tier)(x) - program(x))) < 1e-14
+    assert torch.get_default_dtype() == torch.float32
