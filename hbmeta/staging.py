@@ -174,7 +174,17 @@ class Staged:
             plan.run, plan.tier = _interpret(plan.graph, _tensors(leaves)), "graph"
             target = self._target(plan)
         if target == "compiled" and compiler_available():
-            plan.run, plan.tier = compile_graph(plan.graph, leaves), "compiled"
+            try:
+                plan.run, plan.tier = compile_graph(plan.graph, leaves), "compiled"
+            except Exception as error:
+                # The compiler's failures are its own (it stumbles over some indexing); the graph
+                # is right, and slower.
+                self.wanted = "graph"
+                warnings.warn(
+                    f"The compiler gave up ({type(error).__name__}), so this program runs as a "
+                    "traced graph, which is slower. compile='graph' asks for that.",
+                    stacklevel=2,
+                )
         elif target == "compiled":
             self.wanted = "graph"
         self.seconds_staging += time.perf_counter() - start

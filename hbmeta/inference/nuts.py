@@ -201,7 +201,7 @@ class NUTS(Strategy):
         theta = {k: v[kept] if k in names else v for k, v in fitted.theta.items()}
         found, info = conditional_over_draws(problem, theta, batch, seed=seed)
         smallest = float(info["effective_draws"].min())
-        if smallest < 100:
+        if not smallest >= 100:
             worst = support.ids[int(info["effective_draws"].argmin())]
             warnings.warn(
                 f"NUTS.adapt: task {worst!r} leaves {smallest:.0f} effective draws of θ; it says "
