@@ -36,6 +36,7 @@ Layout = Literal["nested", "flat"]
 __all__ = [
     "Batch",
     "Evaluation",
+    "Functional",
     "Layout",
     "Phi",
     "Program",
@@ -313,20 +314,21 @@ def evaluate(
             for name, parameter in program.named_parameters()
         }
         if parameters:
-            runnable = _Functional(program, parameters)
+            runnable = Functional(program, parameters)
     run = _Run(theta, phi, batch, response)
     with isolated(batch.x), run:
         batch.run(runnable, with_y=with_y)
     return run.result
 
 
-class _Functional:
-    """The module with other parameters in their place, for one call."""
+class Functional:
+    """A module with other parameters in their place."""
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         self.module, self.parameters = module, parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result with these parameters."""
         return torch.func.functional_call(self.module, dict(self.parameters), args, kwargs)
 
 

@@ -27,7 +27,7 @@ from hbmeta.errors import ConvergenceError, FileError
 from hbmeta.feeding import Feed, training_tasks
 from hbmeta.files import read_tensors, write_tensors
 from hbmeta.problem import Problem
-from hbmeta.program import Batch, Theta
+from hbmeta.program import Batch, Functional, Theta
 from hbmeta.staging import Staged, Tier
 from hbmeta.tasks import Tasks
 
@@ -129,7 +129,9 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
                 theta[name] = value + scales[name] * moved
             else:
                 theta[name] = moved
-        return theta, None if own is None else _Bound(own, {k: free[f"own/{k}"] for k in own_start})
+        return theta, None if own is None else Functional(
+            own, {k: free[f"own/{k}"] for k in own_start}
+        )
 
     def data_loss(
         free: Mapping[str, Tensor], support: Batch, query: Batch, noise: Mapping[str, Tensor]
@@ -240,16 +242,6 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         info={"untouched": _names(untouched), "tier": staged.tier},
         seconds_staging=staged.seconds_staging,
     )
-
-
-class _Bound:
-    """A module with other parameters in their place."""
-
-    def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        self.module, self.parameters = module, dict(parameters)
-
-    def __call__(self, *args: Any) -> Any:
-        return torch.func.functional_call(self.module, self.parameters, args)
 
 
 def _names(untouched: list[str]) -> list[str]:
