@@ -140,3 +140,18 @@ def normal_means_posterior(y, sigma, mean_scale, spread_scale):
         "mu": (first[-2], sd[-2]),
         "tau": (first[-1], sd[-1]),
     }
+
+
+def kernel_matrix(kernel, x, z, *, lengthscale, period=1.0, **_):
+    """Correlations of a Gaussian process of one input, entry by entry."""
+    formulas = {
+        "rbf": lambda d: np.exp(-0.5 * (d / lengthscale) ** 2),
+        "matern12": lambda d: np.exp(-d / lengthscale),
+        "matern32": lambda d: (1 + 3**0.5 * d / lengthscale) * np.exp(-(3**0.5) * d / lengthscale),
+        "matern52": lambda d: (
+            (1 + 5**0.5 * d / lengthscale + 5 / 3 * (d / lengthscale) ** 2)
+            * np.exp(-(5**0.5) * d / lengthscale)
+        ),
+        "periodic": lambda d: np.exp(-2 * np.sin(np.pi * d / period) ** 2 / lengthscale),
+    }
+    return np.array([[formulas[kernel](abs(a - b)) for b in z] for a in x]).reshape(len(x), len(z))

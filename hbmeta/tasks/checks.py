@@ -297,6 +297,19 @@ def check_seed(seed: Any, *, where: str) -> int:
     return int(seed)
 
 
+def check_count(value: Any, name: str, *, where: str) -> int:
+    """Return a number of things as int; it must be a whole number from 1 on."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or int(value) < 1:
+        raise DataError(
+            where,
+            needed=f"{name} as a whole number of at least 1",
+            found=f"{name}={value!r}",
+            do=f"Pass for example {name}=1000.",
+        )
+    return int(value)
+
+
 def child_seeds(seed: Any, n: int, *, where: str) -> list[int]:
     """Independent seeds that are a function of one seed."""
     state = np.random.SeedSequence(check_seed(seed, where=where)).generate_state(n, np.uint64)

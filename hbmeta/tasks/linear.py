@@ -11,6 +11,7 @@ from torch import Tensor
 from hbmeta.errors import DataError
 from hbmeta.tasks.batch import Episode, Tasks
 from hbmeta.tasks.checks import generator
+from hbmeta.tasks.ranges import Rows, check_ends, check_n_tasks, row_groups, row_range
 
 __all__ = ["LinearTasks"]
 
@@ -45,8 +46,8 @@ class LinearTasks:
     mean: Sequence[float] | Tensor
     covariance: Sequence[Sequence[float]] | Tensor
     noise: float
-    shots: int | tuple[int, int] = 5
-    queries: int | tuple[int, int] = 10
+    shots: Rows = 5
+    queries: Rows = 10
     low: float = -2.0
     high: float = 2.0
     intercept: bool = True
@@ -87,15 +88,9 @@ class LinearTasks:
                 found=f"{self.noise!r}",
                 do="Pass for example noise=0.1.",
             )
-        if not -float("inf") < self.low < self.high < float("inf"):
-            raise DataError(
-                "LinearTasks",
-                needed="low < high, both finite",
-                found=f"low={self.low!r}, high={self.high!r}",
-                do="Pass for example low=-2.0, high=2.0.",
-            )
+        check_ends(self.low, self.high, where="LinearTasks")
         for name in ("shots", "queries"):
-            _range(getattr(self, name), name)
+            row_range(getattr(self, name), name, where="LinearTasks")
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "covariance", covariance)
 
@@ -118,13 +113,7 @@ class LinearTasks:
         Returns:
             The episode (float64, ids 0..n_tasks-1), and φ of shape (tasks, p).
         """
-        if n_tasks < 1:
-            raise DataError(
-                "LinearTasks.sample",
-                needed="n_tasks of at least 1",
-                found=f"{n_tasks!r}",
-                do="Ask for more tasks.",
-            )
+        check_n_tasks(n_tasks, where="LinearTasks.sample")
         draw = generator(seed, where="LinearTasks.sample")
         mean, covariance = torch.as_tensor(self.mean), torch.as_tensor(self.covariance)
         # A square root by eigenvalues: unlike Cholesky it exists for a singular covariance too.
@@ -134,10 +123,8 @@ class LinearTasks:
         phi = mean + normal @ root.T
         return Episode(self._rows(phi, self.shots, draw), self._rows(phi, self.queries, draw)), phi
 
-    def _rows(self, phi: Tensor, rows: int | tuple[int, int], draw: torch.Generator) -> Tasks:
-        fewest, most = _range(rows, "rows")
-        counts = torch.randint(fewest, most + 1, (len(phi),), generator=draw)
-        task = torch.repeat_interleave(torch.arange(len(phi)), counts)
+    def _rows(self, phi: Tensor, rows: Rows, draw: torch.Generator) -> Tasks:
+        task = row_groups(row_range(rows, "rows", where="LinearTasks"), len(phi), draw)
         n, p = len(task), phi.shape[1]
         x = torch.ones(n, p, dtype=torch.float64)
         first = int(self.intercept)
@@ -146,17 +133,3 @@ class LinearTasks:
         epsilon = torch.randn(n, generator=draw, dtype=torch.float64)
         y = (x * phi[task]).sum(1) + self.noise * epsilon
         return Tasks.from_flat(x, y, task, len(phi), features=self.features)
-
-
-def _range(rows: int | tuple[int, int], name: str) -> tuple[int, int]:
-    """Read a number of rows as (fewest, most)."""
-    pair = rows if isinstance(rows, tuple | list) else (rows, rows)
-    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
-    if len(pair) != 2 or not whole or not 0 <= pair[0] <= pair[1]:
-        raise DataError(
-            "LinearTasks",
-            needed=f"{name} as a number of rows, or a range (fewest, most)",
-            found=f"{rows!r}",
-            do=f"Pass for example {name}=5 or {name}=(2, 8).",
-        )
-    return pair[0], pair[1]
