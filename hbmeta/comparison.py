@@ -1,11 +1,7 @@
 """Posterior approximations side by side on held-out data: scores, distances, seconds.
 
-Scores of task i average over its query points; a table averages over tasks, each counting once:
-
-    s̄ = (1/T) Σ_i s_i,   standard error sd(s_i) / √T,   paired differences s_i − s_i^ref likewise
-
-RMSE = √(mean of the tasks' mean squared errors); its standard error is that of the mean divided by
-2 RMSE (delta method), its paired difference's that of mse_i / (2 RMSE) − mse_i^ref / (2 RMSE^ref).
+What each score is, and how it averages over tasks: `hbmeta.scoring`. Oracles, which know the
+family that the tasks come from, are scored beside the fits: they say how much is left to gain.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,20 +23,21 @@ from hbmeta.distances import (
     moments_of,
     shared_sites,
 )
-from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.errors import DataError
 from hbmeta.fitted import Fitted
 from hbmeta.inference.nuts import trouble
 from hbmeta.posterior import TaskPosterior
 from hbmeta.predictive import Predictive
-from hbmeta.records import Comparison, Row, Score, versions
+from hbmeta.records import Comparison, versions
+from hbmeta.rows import Row, Score
+from hbmeta.scoring import Table, score_of, scores_by_task
 from hbmeta.tasks import Episode, Tasks, TaskSet
+from hbmeta.tasks.checks import check_count
 
 __all__ = ["Comparison", "compare"]
 
 _FEWEST_EFFECTIVE_DRAWS = 100
 _WHERE = "compare"
-
-Floats = npt.NDArray[np.float64]
 
 
 def compare(
@@ -49,6 +45,8 @@ def compare(
     data: TaskSet | Episode,
     *,
     reference: str | None = None,
+    baseline: str | None = None,
+    oracles: Mapping[str, Predictive] | None = None,
     levels: Sequence[float] = (0.5, 0.9, 0.95),
     draws: int = 1000,
     seed: int = 0,
@@ -56,39 +54,54 @@ def compare(
     """Judge several fits on the query of the same tasks, and their q(φ | S) against a reference.
 
     A fit that saw these tasks with these supports keeps the posterior that it has of them (and
-    takes no time to adapt); others adapt to the supports. Nothing is fitted.
+    takes no time to adapt); others adapt to the supports. Nothing is fitted. Classes are scored by
+    NLL, joint NLL, accuracy, Brier score and expected calibration error; numbers by NLL, joint NLL,
+    RMSE, CRPS and coverage.
 
     Args:
         fits: fits by the names that they have in the table.
         data: tasks with support and query. Tasks without a query row are left out and counted.
-        reference: the fit that distances and paired differences are to, such as a long NUTS run.
-            Without one there are no distances, and differences are to the fit of the lowest NLL.
+        reference: the fit that distances are to, such as a long NUTS run. Without one there are no
+            distances.
+        baseline: the fit or oracle that paired differences are to. By default the reference, else
+            the fit of the lowest NLL; a fit that saw the held-out points only if it is named.
+        oracles: predictives of the query of `data`, by what knows the family of the tasks, in the
+            units of y. Rows with scores alone, after the fits.
         levels: probabilities of the central intervals whose coverage is counted.
         draws: draws of (θ, φ) that enter each predictive; four times as many enter the moments.
         seed: of those draws.
     Returns:
         Comparison: printable, `to_frame()`, `to_json()`.
     Raises:
-        DataError: no fits, an unknown reference, fits of other columns or units than the first,
-            tasks of other columns, no query row.
+        DataError: no fits, an unknown reference or baseline, fits of other columns or units than
+            the first, tasks of other columns, no query row, an oracle of other tasks.
     Example:
         print(hbmeta.compare({"nuts": nuts, "maml": maml}, new, reference="nuts"))
     """
-    _check_arguments(fits, reference, levels, draws)
-    episode, without = _episode(data)
+    oracles = {} if oracles is None else oracles
+    _check_arguments(fits, levels, draws)
+    _check_names(fits, oracles, reference, baseline)
+    whole, episode = _episode(data)
     _check_fits(fits, episode)
-    posteriors, predictives, seconds = {}, {}, {}
+    _check_oracles(oracles, whole, episode)
+    posteriors, seconds, tables = {}, {}, {}
+    y = episode.query.flat_y
+    assert y is not None
+    units = next(iter(fits.values())).units
+    for name, predictive in oracles.items():
+        tables[name] = scores_by_task(predictive, y, units, levels, name)
     for name, fitted in fits.items():
         start = time.perf_counter()
         posteriors[name] = fitted.posterior_of(episode.support)
         seconds[name] = time.perf_counter() - start
-        predictives[name] = posteriors[name].predict(episode.query, draws=draws, seed=seed)
-    tables = {
-        name: _scores_by_task(predictives[name], fitted, episode.query, levels)
-        for name, fitted in fits.items()
-    }
-    baseline = reference or min(tables, key=lambda name: float(np.mean(tables[name]["nll"])))
-    notes = [f"{name}: {text}" for name, fitted in fits.items() if (text := _leak(fitted, episode))]
+        predictive = posteriors[name].predict(episode.query, draws=draws, seed=seed)
+        tables[name] = scores_by_task(predictive, y, units, levels, name)
+    leaks = {name: text for name, fitted in fits.items() if (text := _leak(fitted, episode))}
+    notes = [f"{name}: {text}" for name, text in leaks.items()]
+    notes += [f"{name}: {text}" for name, fitted in fits.items() if (text := _moving(fitted))]
+    if baseline is None:
+        honest = {name: tables[name] for name in fits if name not in leaks}
+        baseline = reference if reference in honest else _lowest(honest)
     distances = _distances(fits, posteriors, reference, 4 * draws, seed, notes)
     rows = []
     for name, fitted in fits.items():
@@ -101,18 +114,19 @@ def compare(
                 program=fitted.problem.name,
                 theta="draws" if fitted.drawn else "point",
                 seed=fitted.seed,
-                scores={
-                    key: _score(key, values, tables[baseline][key], name == baseline)
-                    for key, values in tables[name].items()
-                },
+                scores=_scores(tables, name, baseline),
                 nll_by_task=tuple(tables[name]["nll"].tolist()),
                 distance=against,
                 distance_given_theta=conditional,
                 seconds_fit=fitted.seconds.fit,
                 seconds_staging=fitted.seconds.staging,
                 seconds_adapt=seconds[name],
+                saw_query=name in leaks,
             )
         )
+    for name in oracles:
+        nll = tuple(tables[name]["nll"].tolist())
+        rows.append(Row.of_oracle(name, _scores(tables, name, baseline), nll))
     flags = () if reference is None else _flags(fits[reference], posteriors[reference])
     return Comparison(
         rows=tuple(rows),
@@ -121,7 +135,7 @@ def compare(
         ids=tuple(episode.ids),
         points=tuple(episode.query.counts.tolist()),
         support_points=tuple(episode.support.counts.tolist()),
-        without_query=tuple(without),
+        without_query=tuple(whole.without_query),
         levels=tuple(float(level) for level in levels),
         draws=draws,
         seed=seed,
@@ -129,6 +143,30 @@ def compare(
         notes=tuple(notes),
         versions=versions(),
     )
+
+
+def _scores(tables: Mapping[str, Table], name: str, baseline: str | None) -> dict[str, Score]:
+    """The scores of a row, with paired differences where the baseline is another and has them."""
+    other = {} if baseline is None or name == baseline else tables[baseline]
+    return {key: score_of(key, values, other.get(key)) for key, values in tables[name].items()}
+
+
+def _lowest(tables: Mapping[str, Table]) -> str | None:
+    """The name of the lowest finite NLL."""
+    found = {name: float(np.mean(table["nll"])) for name, table in tables.items()}
+    finite = [name for name, value in found.items() if math.isfinite(value)]
+    return min(finite, key=lambda name: found[name]) if finite else None
+
+
+def _moving(fitted: Fitted) -> str:
+    """Says so where training ended before θ had settled."""
+    names = fitted.info.get("still_moving")
+    return f"theta was still moving at the end ({_some(names)}); raise steps" if names else ""
+
+
+def _some(names: Sequence[Any]) -> str:
+    shown = ", ".join(str(name) for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _leak(fitted: Fitted, episode: Episode) -> str:
@@ -146,9 +184,7 @@ def _leak(fitted: Fitted, episode: Episode) -> str:
 # What may come in
 
 
-def _check_arguments(
-    fits: Mapping[str, Fitted], reference: str | None, levels: Sequence[float], draws: int
-) -> None:
+def _check_arguments(fits: Mapping[str, Fitted], levels: Sequence[float], draws: int) -> None:
     if not isinstance(fits, Mapping) or not fits:
         raise DataError(
             _WHERE,
@@ -164,25 +200,53 @@ def _check_arguments(
                 found=f"{type(fitted).__name__} under {name!r}",
                 do="Call strategy.fit(model, tasks) first.",
             )
-    if reference is not None and reference not in fits:
-        near = difflib.get_close_matches(str(reference), list(fits), n=1, cutoff=0.0)
+    check_count(draws, "draws", where=_WHERE)
+    if not all(isinstance(level, float) and 0.0 < level < 1.0 for level in levels):
         raise DataError(
             _WHERE,
-            needed=f"reference as one of the fits: {', '.join(map(repr, fits))}",
-            found=repr(reference),
-            do=f"The nearest name is {near[0]!r}.",
-        )
-    if not all(0.0 < level < 1.0 for level in levels) or draws < 1:
-        raise DataError(
-            _WHERE,
-            needed="levels between 0 and 1, and draws of 1 or more",
-            found=f"levels={tuple(levels)}, draws={draws}",
+            needed="levels between 0 and 1",
+            found=f"levels={tuple(levels)}",
             do="Pass levels=(0.5, 0.9).",
         )
 
 
-def _episode(data: TaskSet | Episode) -> tuple[Episode, tuple[Any, ...]]:
-    """The tasks with a query, and the ids of those without."""
+def _check_names(
+    fits: Mapping[str, Fitted],
+    oracles: Mapping[str, Predictive],
+    reference: str | None,
+    baseline: str | None,
+) -> None:
+    if not isinstance(oracles, Mapping):
+        raise DataError(
+            _WHERE,
+            needed="oracles by name",
+            found=type(oracles).__name__,
+            do='Pass oracles={"exact": predictive}.',
+        )
+    for name, predictive in oracles.items():
+        if not isinstance(predictive, Predictive) or not isinstance(name, str) or name in fits:
+            raise DataError(
+                _WHERE,
+                needed="oracles that are predictives, by names that no fit has",
+                found=f"{type(predictive).__name__} under {name!r}",
+                do='Pass oracles={"exact": predictive}.',
+            )
+    for what, chosen, names in (
+        ("reference as one of the fits", reference, list(fits)),
+        ("baseline as one of the rows", baseline, [*fits, *oracles]),
+    ):
+        if chosen is not None and chosen not in names:
+            near = difflib.get_close_matches(str(chosen), names, n=1, cutoff=0.0)
+            raise DataError(
+                _WHERE,
+                needed=f"{what}: {', '.join(map(repr, names))}",
+                found=repr(chosen),
+                do=f"The nearest name is {near[0]!r}.",
+            )
+
+
+def _episode(data: TaskSet | Episode) -> tuple[Episode, Episode]:
+    """All tasks, and those with a query."""
     if not isinstance(data, TaskSet | Episode):
         raise DataError(
             _WHERE,
@@ -200,7 +264,7 @@ def _episode(data: TaskSet | Episode) -> tuple[Episode, tuple[Any, ...]]:
             else "a query without y",
             do="Split tasks of two or more rows, with y.",
         )
-    return whole[whole.query.counts.nonzero()[:, 0]], whole.without_query
+    return whole, whole[whole.query.counts.nonzero()[:, 0]]
 
 
 def _check_fits(fits: Mapping[str, Fitted], episode: Episode) -> None:
@@ -222,71 +286,33 @@ def _check_fits(fits: Mapping[str, Fitted], episode: Episode) -> None:
             )
 
 
-# Scores
+def _check_oracles(oracles: Mapping[str, Predictive], whole: Episode, episode: Episode) -> None:
+    """Each predicts the rows of the query, with or without the tasks that have none."""
+    for name, predictive in oracles.items():
+        tasks = predictive.tasks
+        query = next((q for q in (whole.query, episode.query) if q.ids == tasks.ids), None)
+        if query is None or query.counts.tolist() != tasks.counts.tolist():
+            raise DataError(
+                _WHERE,
+                needed=f"a prediction of the {whole.query.n_points} query rows of these "
+                f"{whole.n_tasks} tasks, in their order",
+                found=f"oracle {name!r} of {tasks.n_points} rows of {tasks.n_tasks} tasks"
+                + ("" if query is None else ", other numbers of rows by task"),
+                do="Make the oracle from the same episode.",
+            )
+        if not _same_inputs(query, tasks):
+            raise DataError(
+                _WHERE,
+                needed="a prediction at the x of the query",
+                found=f"oracle {name!r} of tasks of the same ids and sizes, with another x",
+                do="Make the oracle from the same episode, drawn with the same seed.",
+            )
 
 
-def _scores_by_task(
-    predictive: Predictive, fitted: Fitted, query: Tasks, levels: Sequence[float]
-) -> dict[str, Floats]:
-    """Each score (tasks,), averaged over a task's query points; "rmse" holds squared errors."""
-    assert query.flat_y is not None
-    y = query.flat_y
-    labels = not y.is_floating_point()
-    if not labels:  # tasks hold y as it was encoded; scores are in the units of the table
-        y = fitted.units.location + fitted.units.scale * y.double()
-
-    def per_task(padded: Tensor) -> Floats:
-        rows = query.unpad(padded).detach().double().cpu()
-        rows = rows.reshape(len(rows), -1).mean(-1)
-        total = torch.zeros(query.n_tasks, dtype=rows.dtype).index_add(0, query.task.cpu(), rows)
-        return (total / query.counts.cpu()).numpy()
-
-    joint = predictive.log_prob(y, joint=True).detach().double().cpu()
-    found = {
-        "nll": per_task(-predictive.log_prob(y)),
-        "joint_nll": (-joint / query.counts.cpu()).numpy(),
-    }
-    if labels:
-        return found
-    try:
-        error = predictive.mean - query.pad(y.to(predictive.mean))
-        found["rmse"] = per_task(error.square())
-        found["crps"] = per_task(predictive.crps(y))
-        for level in levels:
-            found[f"coverage_{level:g}"] = per_task(predictive.coverage(y, level).double())
-    except UnsupportedModelError:
-        pass  # a response of classes that is given as numbers has log densities alone
-    return found
-
-
-def _score(key: str, values: Floats, baseline: Floats, is_baseline: bool) -> Score:
-    """The mean over tasks and its standard error, and the paired difference to the baseline."""
-    mean, other = float(np.mean(values)), float(np.mean(baseline))
-    if key != "rmse":
-        if is_baseline:
-            return Score(mean, _standard_error(values))
-        return Score(
-            mean, _standard_error(values), mean - other, _standard_error(values - baseline)
-        )
-    root, root_other = math.sqrt(mean), math.sqrt(other)
-    # d √m = dm / (2 √m)
-    influence = values / (2 * root) if root > 0 else values
-    if is_baseline:
-        return Score(root, _standard_error(influence))
-    other_influence = baseline / (2 * root_other) if root_other > 0 else baseline
-    return Score(
-        root,
-        _standard_error(influence),
-        root - root_other,
-        _standard_error(influence - other_influence),
-    )
-
-
-def _standard_error(values: Floats) -> float:
-    """sd / √T over tasks; NaN for one task or values that are not finite."""
-    if len(values) < 2 or not np.isfinite(values).all():
-        return math.nan
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+def _same_inputs(first: Tasks, second: Tasks) -> bool:
+    """Whether x is the same, but for the rounding of single precision."""
+    a, b = (tasks.flat_x.detach().double().cpu() for tasks in (first, second))
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=1e-6))
 
 
 # Distances
@@ -303,7 +329,7 @@ def _distances(
     """Per fit: the distance to the reference, and to its own p(φ | S, θ)."""
     if reference is None:
         return {}
-    if not fits[reference].drawn:
+    if fits[reference].theta and not fits[reference].drawn:
         notes.append(
             f"the reference {reference!r} holds θ at a point, so that distances to it say nothing "
             "about the uncertainty of θ"
@@ -320,7 +346,9 @@ def _distances(
             why = "no varying local site" if sites else "no local site of the same name and shape"
             notes.append(f"{name}: no distance to {reference!r}: {why} in common")
         conditional = None
-        if not fitted.drawn:
+        if not fitted.drawn and (text := _without_prior(fitted)):
+            notes.append(f"{name}: no distance given θ: {text}")
+        elif not fitted.drawn:
             exact, remark = given_theta(fitted, own.support, draws, seed)
             if remark:
                 notes.append(f"{name}: p(φ | S, θ): {remark}")
@@ -329,6 +357,15 @@ def _distances(
                 conditional = distance_between(known[name], moments_of(exact, draws, seed), sites)
         found[name] = (against, conditional)
     return found
+
+
+def _without_prior(fitted: Fitted) -> str:
+    """Why p(φ | S, θ) at the θ of a fit means nothing, where p(φ | θ) was not estimated."""
+    if untouched := fitted.info.get("untouched"):
+        return f"the fit did not estimate {_some(untouched)}"
+    if not fitted.strategy.keeps_prior:
+        return f"{fitted.strategy.name} drops p(φ | θ)"
+    return ""
 
 
 def _flags(fitted: Fitted, posterior: TaskPosterior) -> tuple[str, ...]:

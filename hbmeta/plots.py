@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from hbmeta.drawing import common_site, coordinate_name, coordinate_values, draw_loss
 from hbmeta.errors import DataError
 from hbmeta.fitted import Fitted
 from hbmeta.posterior import TaskPosterior
@@ -72,7 +72,7 @@ def forest(
             do="Correct the name.",
         )
     chosen = tuple(posteriors[first].ids if ids is None else ids)
-    site = _site(posteriors.values(), site, "forest")
+    site = common_site(posteriors.values(), site, "forest")
     summaries = {
         name: _summary(posterior.select(chosen), site, coordinate, interval, draws, seed)
         for name, posterior in posteriors.items()
@@ -103,7 +103,7 @@ def forest(
         axis.set_yticks(place, [str(chosen[row]) for row in rows])
         axis.tick_params(axis="y", length=0)
         axis.set_ylim(-0.7 - (per_column - len(rows)), len(rows) - 0.3)
-        axis.set_xlabel(label or _name(site, coordinate, posteriors[first]))
+        axis.set_xlabel(label or coordinate_name(site, coordinate, posteriors[first]))
         axis.xaxis.set_major_locator(MaxNLocator(5))
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(
@@ -133,8 +133,9 @@ def shrinkage(
     """How far pooling moves the estimate of each task, against its number of support points.
 
     A thin line leads from each task's own estimate to the partially pooled one. Tasks of the same
-    size are set side by side. Tasks without support are left out. The legend names columns that are
-    constant within tasks, whose effect a task's own estimate includes.
+    size are set side by side. Own estimates that run away (a task of one point) do not squeeze the
+    axis: an arrow at its edge stands for each. Tasks without support are left out. The effect of
+    columns that are constant within tasks is part of a task's own estimate.
 
     Args:
         no_pooling: each task alone (`NoPooling`).
@@ -157,7 +158,7 @@ def shrinkage(
             found=" and ".join(f"{len(p.ids)} tasks" for p in every),
             do="Use posterior.select(ids).",
         )
-    site = _site(every, site, "shrinkage")
+    site = common_site(every, site, "shrinkage")
     counts = pooled.support.counts.cpu().numpy()
     used = np.flatnonzero(counts > 0)
     if not len(used):
@@ -174,6 +175,7 @@ def shrinkage(
     axis.plot(
         x, alone[used], "o", mfc="white", mec=grey, mew=0.7, ms=3.2, label="no pooling", zorder=2
     )
+    _clip(axis, x, alone[used], np.concatenate([low[used], high[used], mean[used]]), grey)
     blue, _ = STYLES["amortized"]
     axis.vlines(x, low[used], high[used], color=blue, lw=0.8, alpha=0.6, zorder=3)
     text = (
@@ -191,8 +193,8 @@ def shrinkage(
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("support points in the task")
-    axis.set_ylabel(label or _name(site, coordinate, pooled))
-    figure.legend(loc="outside upper center", ncols=3)
+    axis.set_ylabel(label or coordinate_name(site, coordinate, pooled))
+    figure.legend(loc="outside upper center", ncols=4)
     return figure
 
 
@@ -200,30 +202,34 @@ def shrinkage(
 def scores(comparison: Comparison) -> Figure:
     """NLL, its paired difference and the distance to the reference, by fit; bars are ± 1 s.e."""
     rows = comparison.rows
-    panels = 2 + any(row.distance is not None for row in rows)
-    figure = Figure(figsize=(2.5 * panels + 0.6, 0.24 * len(rows) + 1.1), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True)
+    shown = ["nll"] + ["difference"] * (comparison.baseline is not None)
+    shown += ["distance"] * any(row.distance is not None for row in rows)
+    figure = Figure(figsize=(2.5 * len(shown) + 0.6, 0.24 * len(rows) + 1.1), layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    panel = dict(zip(shown, axes, strict=True))
     styles = styles_of([row.name for row in rows])
     place = np.arange(len(rows))[::-1]
     for y, row in zip(place, rows, strict=True):
         colour, marker = styles[row.name]
         nll = row.scores["nll"]
-        _dot(axes[0], nll.value, y, nll.standard_error, colour, marker)
+        _dot(panel["nll"], nll.value, y, nll.standard_error, colour, marker)
         if nll.difference is not None and nll.difference_error is not None:
-            _dot(axes[1], nll.difference, y, nll.difference_error, colour, marker)
+            _dot(panel["difference"], nll.difference, y, nll.difference_error, colour, marker)
         if row.distance is not None:
-            _dot(axes[2], row.distance.mean_difference, y, math.nan, colour, marker)
-        if row.distance_given_theta is not None and panels == 3:
+            _dot(panel["distance"], row.distance.mean_difference, y, math.nan, colour, marker)
+        if row.distance_given_theta is not None and "distance" in panel:
             d = row.distance_given_theta.mean_difference
-            axes[2].plot(d, y, marker, mfc="white", mec=colour, mew=0.8, ms=4, zorder=2)
-    axes[1].axvline(0.0, color=GREY, lw=0.8, zorder=0)
-    axes[0].set_xlabel("NLL per held-out point (nats)")
-    axes[1].set_xlabel(f"NLL − NLL of {comparison.baseline}")
-    if panels == 3:
-        axes[2].set_xlabel(
+            panel["distance"].plot(d, y, marker, mfc="white", mec=colour, mew=0.8, ms=4, zorder=2)
+    panel["nll"].set_xlabel("NLL per held-out point (nats)")
+    if "difference" in panel:
+        panel["difference"].axvline(0.0, color=GREY, lw=0.8, zorder=0)
+        panel["difference"].set_xlabel(f"NLL − NLL of {comparison.baseline}")
+    if "distance" in panel:
+        axis = panel["distance"]
+        axis.set_xlabel(
             f"mean |difference| to {comparison.reference} (sd)\nopen: given the fit's θ"
         )
-        axes[2].set_xlim(left=min(0.0, -0.03 * axes[2].get_xlim()[1]))
+        axis.set_xlim(left=min(0.0, -0.03 * axis.get_xlim()[1]))
     axes[0].set_yticks(place, [row.name for row in rows])
     axes[0].set_ylim(-0.6, len(rows) - 0.4)
     for axis in axes:
@@ -262,21 +268,9 @@ def loss(fitted: Fitted, window: int | None = None) -> Figure:
         raise DataError(
             "loss", needed=f"window from 1 to {len(history)}", found=f"{window}", do="Lower it."
         )
-    mean = np.convolve(history, np.full(width, 1.0 / width), mode="valid")
-    steps = np.arange(1, len(history) + 1)
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     axis = figure.subplots()
-    colour = styles_of([fitted.strategy.name])[fitted.strategy.name][0]
-    axis.plot(steps, history, color=colour, lw=0.4, alpha=0.35, label="each step")
-    # The mean stands at the last step that it looks at.
-    axis.plot(steps[width - 1 :], mean, color=colour, lw=1.2, label=f"mean of {width} steps")
-    # The first steps can lie far above all others; the axis shows what they come down to.
-    settled = mean[len(mean) // 10 :]
-    noise = 3 * float(np.std(history[len(history) // 2 :]))
-    spread = max(float(np.ptp(settled)), noise, 1e-12)
-    low = min(float(settled.min()), float(np.quantile(history, 0.01)))
-    high = min(float(history.max()), float(settled.max()) + spread)
-    axis.set_ylim(low - 0.1 * spread, high + 0.1 * spread)
+    draw_loss(axis, fitted, width, styles_of([fitted.strategy.name])[fitted.strategy.name][0])
     axis.set_xlabel("training step")
     axis.set_ylabel("training loss, mean over tasks (nats)")
     figure.legend(loc="outside upper center", ncols=2, title=fitted.strategy.name)
@@ -289,23 +283,30 @@ def _dot(axis: Axes, x: float, y: float, error: float, colour: str, marker: str)
     axis.plot(x, y, marker, color=colour, ms=4, mew=0, zorder=3)
 
 
-def _site(posteriors: Iterable[TaskPosterior], site: str | None, where: str) -> str:
-    """The named site, or the first that all programs have, computed ones first."""
-    every = [p.problem.sites for p in posteriors]
-    names = [s.name for s in (*every[0].deterministic_local, *every[0].locals)]
-    common = [
-        n for n in names
-        if all(n in {s.name for s in (*x.deterministic_local, *x.locals)} for x in every)
-    ]  # fmt: skip
-    if not common or (site is not None and site not in common):
-        raise DataError(
-            where,
-            needed="a local site that all posteriors have: "
-            + (", ".join(common) or "there is none"),
-            found="no name" if site is None else repr(site),
-            do="Correct site, or plot posteriors of one program.",
-        )
-    return common[0] if site is None else site
+def _clip(axis: Axes, x: Floats, alone: Floats, pooled: Floats, colour: str) -> None:
+    """An axis that shows the bulk, and an arrow at its edge for each estimate that lies beyond.
+
+    Beyond is what is further from the median than 10 median absolute deviations (6.7 standard
+    deviations of a Normal) and than the width of all that is pooled.
+    """
+    finite = alone[np.isfinite(alone)]
+    middle = float(np.median(finite)) if len(finite) else 0.0
+    deviation = float(np.median(np.abs(finite - middle))) if len(finite) else 0.0
+    reach = max(10.0 * deviation, float(np.ptp(pooled)))
+    away = ~(np.abs(alone - middle) <= reach)
+    if not away.any():
+        return
+    seen = np.concatenate([alone[~away], pooled])
+    low, high = float(seen.min()), float(seen.max())
+    room = 0.08 * (high - low)
+    axis.set_ylim(low - room, high + room)
+    for marker, edge, chosen in (
+        ("^", high + 0.6 * room, away & (alone > middle)),
+        ("v", low - 0.6 * room, away & (alone < middle)),
+    ):
+        axis.plot(x[chosen], np.full(chosen.sum(), edge), marker, color=colour, ms=4, mew=0)
+    label = f"no pooling, off the axis ({away.sum()})"
+    axis.plot([], [], "^", color=colour, ms=4, mew=0, label=label)
 
 
 def _summary(
@@ -316,28 +317,10 @@ def _summary(
         raise DataError(
             "interval", needed="a probability between 0 and 1", found=f"{interval}", do="Pass 0.9."
         )
-    with torch.no_grad():
-        values, weights = posterior.values(draws, seed)
-    value = values[site].double().cpu()
-    value = value.reshape(*value.shape[:2], -1)
-    if not -value.shape[-1] <= coordinate < value.shape[-1]:
-        raise DataError(
-            site,
-            needed=f"a coordinate from 0 to {value.shape[-1] - 1}",
-            found=f"{coordinate}",
-            do="Correct coordinate.",
-        )
-    value = value[..., coordinate]
-    log_weights = None if weights is None else weights.cpu()
-    low, high = weighted_quantile(value, [0.5 - interval / 2, 0.5 + interval / 2], log_weights)
+    value, weights = coordinate_values(posterior, site, coordinate, draws, seed)
+    low, high = weighted_quantile(value, [0.5 - interval / 2, 0.5 + interval / 2], weights)
     mean = posterior.moments(draws, seed)[site][0].double().cpu().reshape(value.shape[1], -1)
     return mean[:, coordinate].numpy(), low.numpy(), high.numpy()
-
-
-def _name(site: str, coordinate: int, posterior: TaskPosterior) -> str:
-    sites = (*posterior.problem.sites.locals, *posterior.problem.sites.deterministic_local)
-    size = next(math.prod(s.shape) for s in sites if s.name == site)
-    return site if size == 1 else f"{site}[{coordinate}]"
 
 
 def _side_by_side(counts: Floats, order: Floats) -> Floats:

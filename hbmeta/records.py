@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -14,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from hbmeta import __version__
 from hbmeta.distances import MEAN_LIMIT, SD_LIMITS, SHARE_LIMIT, TASK_LIMIT, Distance
-from hbmeta.errors import FileError
+from hbmeta.errors import DataError, FileError
 from hbmeta.files import write_text
+from hbmeta.rows import DISTANCES, LABELS, Row, Score, best_of, strict
 from hbmeta.tables import aligned, digits_for, plus_minus
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = ["Comparison", "Row", "Score", "strict", "versions"]
-
-LABELS = {"nll": "NLL", "joint_nll": "joint NLL", "rmse": "RMSE", "crps": "CRPS"}
-"""Scores of which less is better, and what they are called in print."""
 
 RULE = (
     f"close: mean |d| ≤ {MEAN_LIMIT:g}, and |d| ≤ {TASK_LIMIT:g} with an sd ratio in "
@@ -33,67 +32,14 @@ RULE = (
 
 
 @dataclass(frozen=True)
-class Score:
-    """A mean over tasks, and its paired difference to the baseline.
-
-    Attributes:
-        value: the mean over tasks (RMSE: the root of it).
-        standard_error: over tasks; NaN for a single task.
-        difference: value minus that of the baseline; None for the baseline itself.
-        difference_error: standard error of the paired difference.
-    """
-
-    value: float
-    standard_error: float
-    difference: float | None = None
-    difference_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One fit of the table.
-
-    Attributes:
-        name: the caller's name of the fit.
-        strategy: class of the strategy.
-        settings: its settings.
-        program: the model or program that was fitted.
-        theta: "draws" where θ has a posterior, "point" where it is held.
-        seed: seed of the fit.
-        scores: "nll", "joint_nll" (both per point), "rmse", "crps" in units of y, and
-            "coverage_0.9" and the like; class labels have the first two alone.
-        nll_by_task: NLL per point of each task, in the order of `Comparison.ids`.
-        distance: q(φ | S) against the reference; None for it, and where nothing is comparable.
-        distance_given_theta: q(φ | S) against p(φ | S, θ) of its own program at its own θ, for
-            fits that hold θ at a point.
-        seconds_fit: wall-clock seconds of the fit.
-        seconds_staging: the part of them spent tracing and compiling.
-        seconds_adapt: seconds to the posterior of these tasks; none where the fit holds it.
-    """
-
-    name: str
-    strategy: str
-    settings: Mapping[str, Any]
-    program: str
-    theta: str
-    seed: int
-    scores: Mapping[str, Score]
-    nll_by_task: tuple[float, ...]
-    distance: Distance | None
-    distance_given_theta: Distance | None
-    seconds_fit: float
-    seconds_staging: float
-    seconds_adapt: float
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Scores, distances and seconds of several fits on the same tasks.
 
     Attributes:
-        rows: one per fit, in the caller's order.
+        rows: one per fit and then one per oracle, in the caller's order.
         reference: the fit that distances are to, or None.
-        baseline: the fit that paired differences are to: the reference, else the lowest NLL.
+        baseline: the row that paired differences are to: as named, else the reference, else the
+            fit of the lowest NLL; None where no fit can be one by default.
         ids: tasks that were judged.
         points: their numbers of query points.
         support_points: their numbers of support points.
@@ -108,7 +54,7 @@ class Comparison:
 
     rows: tuple[Row, ...]
     reference: str | None
-    baseline: str
+    baseline: str | None
     ids: tuple[Any, ...]
     points: tuple[int, ...]
     support_points: tuple[int, ...]
@@ -121,19 +67,35 @@ class Comparison:
     versions: Mapping[str, str]
 
     def __getitem__(self, name: str) -> Row:
-        """The row of a fit."""
-        return {row.name: row for row in self.rows}[name]
+        """The row of a fit or an oracle."""
+        rows = {row.name: row for row in self.rows}
+        if name not in rows:
+            near = difflib.get_close_matches(str(name), list(rows), n=1, cutoff=0.0)
+            raise DataError(
+                "Comparison",
+                needed=f"a row of {', '.join(map(repr, rows))}",
+                found=repr(name),
+                do=f"The nearest name is {near[0]!r}.",
+            )
+        return rows[name]
 
-    def best(self, score: str) -> str:
-        """The fit with the lowest mean of a score ("nll", "joint_nll", "rmse", "crps")."""
-        return min((r for r in self.rows if score in r.scores), key=lambda r: _order(r, score)).name
+    def best(self, score: str) -> str | None:
+        """The fit of the best finite mean of a score: "nll", "accuracy", "rmse" and the like.
+
+        Oracles and fits that saw the held-out points do not compete; None where nobody is left.
+
+        Raises:
+            DataError: a score that has no better and worse.
+        """
+        return best_of(self.rows, score)
 
     def verdict(self) -> str:
         """Which approximation to trust on these tasks, in one sentence and by a stated rule."""
         if self.reference is None:
+            best = self.best("nll")
             return (
                 "No reference was named, so nothing here says which posterior is right; "
-                f"the lowest NLL is that of {self.best('nll')}."
+                f"the lowest NLL is {'no test of any fit' if best is None else 'that of ' + best}."
             )
         judged = [row for row in self.rows if row.distance is not None]
         if not judged:
@@ -170,7 +132,7 @@ class Comparison:
         out = f"{len(self.ids)} tasks, {sum(self.points)} held-out points"
         if self.without_query:
             out += f" ({len(self.without_query)} more have none)"
-        return out + "; means over tasks ± standard error, * the best"
+        return out + "; means over tasks ± standard error, * the best fit"
 
     def _score_cells(self) -> tuple[list[str], list[list[str]]]:
         keys = [key for key in LABELS if any(key in row.scores for row in self.rows)]
@@ -191,34 +153,42 @@ class Comparison:
     def _column(self, key: str) -> list[str]:
         found = [row.scores.get(key) for row in self.rows]
         digits = digits_for([s.standard_error for s in found if s is not None])
-        best = self.best(key)
+        best = self.best(key) if len(self.rows) > 1 else None
         cells = []
         for row, score in zip(self.rows, found, strict=True):
             if score is None:
                 cells.append("–  ")
             else:
-                mark = " *" if row.name == best and len(self.rows) > 1 else "  "
+                mark = " *" if row.name == best else "  "
                 cells.append(plus_minus(score.value, score.standard_error, digits) + mark)
         return cells
 
+    def _differences(self, key: str) -> list[str]:
+        """Cells of the paired differences of a score to the baseline."""
+        found = [row.scores.get(key) for row in self.rows]
+        errors = [s.difference_error for s in found if s is not None]
+        digits = digits_for([error for error in errors if error is not None])
+        cells = []
+        for score in found:
+            if score is None or score.difference is None or score.difference_error is None:
+                cells.append("–")
+            else:
+                cells.append(plus_minus(score.difference, score.difference_error, digits, "+"))
+        return cells
+
     def _distance_cells(self) -> tuple[list[str], list[list[str]]]:
-        differences = [row.scores["nll"] for row in self.rows]
-        digits = digits_for(
-            [s.difference_error for s in differences if s.difference_error is not None]
-        )
+        shown = [k for k in ("nll", "accuracy") if any(k in row.scores for row in self.rows)]
+        shown = [] if self.baseline is None else shown
+        columns = [self._differences(key) for key in shown]
         own = any(row.distance_given_theta is not None for row in self.rows)
-        head = ["", f"NLL − {self.baseline}"]
+        head = ["", *(f"{LABELS[key]} − {self.baseline}" for key in shown)]
         if self.reference is not None:
             head += ["mean |d|", "sd ratio (range)"]
             head += ["given θ |d|", "sd ratio"] if own else []
         head += ["fit s", "(compiling)", "adapt s"]
         body = []
-        for row, score in zip(self.rows, differences, strict=True):
-            cells = [row.name]
-            if score.difference is None or score.difference_error is None:
-                cells.append("–")
-            else:
-                cells.append(plus_minus(score.difference, score.difference_error, digits, "+"))
+        for index, row in enumerate(self.rows):
+            cells = [row.name, *(column[index] for column in columns)]
             if self.reference is not None:
                 d, g = row.distance, row.distance_given_theta
                 cells += (
@@ -235,11 +205,9 @@ class Comparison:
                         if g is None
                         else [f"{g.mean_difference:.2f}", f"{g.sd_ratio:.2f}"]
                     )
-            cells += [
-                f"{row.seconds_fit:.1f}",
-                f"({row.seconds_staging:.1f})",
-                f"{row.seconds_adapt:.2f}",
-            ]
+            seconds = (row.seconds_fit, "{:.1f}"), (row.seconds_staging, "({:.1f})")
+            for value, form in (*seconds, (row.seconds_adapt, "{:.2f}")):
+                cells.append("–" if value is None else form.format(value))
             body.append(cells)
         return head, body
 
@@ -248,7 +216,7 @@ class Comparison:
         return dict(zip(self.ids, self[name].nll_by_task, strict=True))
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per fit: scores (`_se`, `_difference`, `_difference_se`), distances, seconds."""
+        """One line per row: scores (`_se`, `_difference`, `_difference_se`), distances, seconds."""
         import pandas as pd
 
         records = []
@@ -267,11 +235,12 @@ class Comparison:
                 ("", row.distance),
                 ("given_theta_", row.distance_given_theta),
             ):
-                for field in _DISTANCES:
+                for field in DISTANCES:
                     value = None if distance is None else getattr(distance, field)
                     record[prefix + field] = _or_nan(value)
             for field in ("seconds_fit", "seconds_staging", "seconds_adapt"):
-                record[field] = getattr(row, field)
+                record[field] = _or_nan(getattr(row, field))
+            record["saw_query"] = row.saw_query
             records.append(record)
         return pd.DataFrame.from_records(records).set_index("name")
 
@@ -298,7 +267,7 @@ class Comparison:
             if fields.pop("kind") != "comparison":
                 raise ValueError("another kind of record")
             fields.pop("verdict")
-            rows = tuple(_row(row) for row in fields.pop("rows"))
+            rows = tuple(Row.from_json(row) for row in fields.pop("rows"))
             values: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in fields.items()
@@ -311,16 +280,6 @@ class Comparison:
                 found=f"{type(error).__name__}: {error}",
                 do="Write it anew with comparison.to_json().",
             ) from error
-
-
-_DISTANCES = (
-    "mean_difference",
-    "largest_difference",
-    "sd_ratio",
-    "sd_ratio_low",
-    "sd_ratio_high",
-    "share_close",
-)
 
 
 def versions() -> dict[str, str]:
@@ -340,49 +299,5 @@ def _judgement(distance: Distance | None, reference: str) -> str:
     return f"close in the mean but not in {'every task' if spread else 'the spread'}"
 
 
-def _row(fields: Mapping[str, Any]) -> Row:
-    scores = {key: _score(score) for key, score in fields["scores"].items()}
-    return Row(
-        **{
-            **fields,
-            "scores": scores,
-            "nll_by_task": tuple(float(v) for v in fields["nll_by_task"]),
-            "distance": _distance(fields["distance"]),
-            "distance_given_theta": _distance(fields["distance_given_theta"]),
-        }
-    )
-
-
-def _score(fields: Mapping[str, Any]) -> Score:
-    difference = [fields[name] for name in ("difference", "difference_error")]
-    return Score(
-        float(fields["value"]),
-        float(fields["standard_error"]),
-        *(None if value is None else float(value) for value in difference),
-    )
-
-
-def _distance(fields: Mapping[str, Any] | None) -> Distance | None:
-    if fields is None:
-        return None
-    return Distance(tuple(fields["sites"]), **{name: float(fields[name]) for name in _DISTANCES})
-
-
-def strict(value: Any) -> Any:
-    """What strict JSON can hold: numbers that are not finite as text, tuples as lists."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    return value
-
-
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _order(row: Row, score: str) -> float:
-    value = row.scores[score].value
-    return math.inf if math.isnan(value) else value

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-__all__ = ["GREY", "STYLES", "styled", "styles_of"]
+__all__ = ["GREY", "STYLES", "class_style", "styled", "styles_of"]
 
 # Okabe and Ito's colours, which people with any common colour blindness tell apart. Names that
 # begin like these keep their colour and marker in every figure; others take the spare ones.
@@ -22,6 +22,20 @@ STYLES = {
     "completepooling": ("#CC79A7", "X"),
 }
 _SPARE = (("#E69F00", "P"), ("#56B4E9", "<"), ("#B79F00", ">"), ("#7A4FA3", "p"), ("#8C564B", "h"))
+
+# Classes have the eight of Okabe and Ito in an order that keeps the first five far apart also in
+# print; the markers run through seven, so that 56 classes differ in one or the other.
+_CLASSES = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#D55E00",
+    "#56B4E9",
+    "#B79F00",
+    "#000000",
+)
+_CLASS_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _SETTINGS: Any = {
     "font.size": 8,
@@ -55,6 +69,11 @@ def styled(function: Callable[Parameters, Figure]) -> Callable[Parameters, Figur
             return figure
 
     return draw
+
+
+def class_style(label: int) -> tuple[str, str]:
+    """The colour and the marker of a class, the same in every figure."""
+    return _CLASSES[label % len(_CLASSES)], _CLASS_MARKERS[label % len(_CLASS_MARKERS)]
 
 
 def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -10,16 +10,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from hbmeta import inference, models, tasks
+from hbmeta import inference, models, plots, tasks
 from hbmeta.comparison import Comparison, compare
 from hbmeta.densities import Delta, Gaussian
 from hbmeta.distances import Distance, distance_between, shared_sites
 from hbmeta.errors import DataError, FileError
-from hbmeta.records import Row, Score
+from hbmeta.predictive import Predictive
+from hbmeta.rows import Row, Score
 from hbmeta.scores import crps_normal
 from hbmeta.tables import aligned, digits_for, plus_minus
 
 LEVELS = (0.5, 0.9)
+QUIET = {"progress": False, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -460,13 +462,302 @@ def test_a_point_reference_has_no_distances(fits, data):
     assert any("holds θ at a point" in note for note in found.notes)
 
 
-def test_a_fit_that_saw_the_query_is_named(model):
+@pytest.fixture(scope="module")
+def seen_and_honest():
+    """Fits on support and query, and on the support alone."""
     episode = tasks.LinearTasks([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], 0.5).sample(4, seed=0)
-    regression = models.LinearRegression()
-    seen = inference.ExactLinear().fit(regression, episode, compile="graph", progress=False)
-    honest = inference.ExactLinear().fit(
-        regression, episode.support, compile="graph", progress=False
+    strategy, regression = inference.ExactLinear(), models.LinearRegression()
+    settings = {"compile": False, **QUIET}
+    return {
+        "seen": strategy.fit(regression, episode, **settings),
+        "honest": strategy.fit(regression, episode.support, **settings),
+    }, episode
+
+
+def test_a_fit_that_saw_the_query_is_named_and_does_not_win(seen_and_honest):
+    pair, episode = seen_and_honest
+    found = compare(pair, episode, reference="seen")
+    assert next(n for n in found.notes if "held-out" in n).startswith(
+        "seen: was fitted on the held-out points of 4"
     )
-    found = compare({"seen": seen, "honest": honest}, episode)
-    assert len(found.notes) == 1
-    assert found.notes[0].startswith("seen: was fitted on the held-out points of 4")
+    assert found["seen"].saw_query
+    assert not found["honest"].saw_query
+    # It has the lower NLL, and is neither the best nor what differences are to.
+    assert found["seen"].scores["nll"].value < found["honest"].scores["nll"].value
+    assert found.best("nll") == found.baseline == "honest"
+    (line,) = [x for x in str(found).splitlines()[:5] if x.startswith("seen")]
+    assert "*" not in line
+    assert compare(pair, episode, baseline="seen").baseline == "seen"
+
+
+def test_without_an_honest_fit_there_is_no_baseline_and_no_best(seen_and_honest):
+    pair, episode = seen_and_honest
+    found = compare({"seen": pair["seen"], "too": pair["seen"]}, episode)
+    assert found.baseline is None
+    assert found.best("nll") is None
+    assert found["too"].scores["nll"].difference is None
+    assert "no test of any fit" in found.verdict()
+    assert " *" not in str(found).partition("\n")[2]
+    assert Comparison.from_json(found.to_json()) == found
+    assert len(plots.scores(found).axes) == 1
+
+
+# Notes on θ
+
+
+def test_theta_that_was_still_moving_is_noted(fits, data):
+    moving = dataclasses.replace(fits["exact"], info={"still_moving": ["scale", "mean"]})
+    (note,) = compare({"exact": moving}, data).notes
+    assert note == "exact: theta was still moving at the end (scale, mean); raise steps"
+
+
+def test_pooling_records_what_it_did_not_estimate(seen_and_honest):
+    # Centred: the likelihood given φ is no function of the prior's mean and scale.
+    _, episode = seen_and_honest
+    for strategy in (inference.NoPooling(), inference.CompletePooling()):
+        fit = strategy.fit(models.LinearRegression(), episode.support, compile=False, **QUIET)
+        assert sorted(fit.info["untouched"]) == ["mean", "scale"]
+
+
+@pytest.mark.parametrize("info", [{"untouched": ["scale"]}, {}])
+def test_no_distance_given_theta_where_the_task_prior_was_not_estimated(fits, data, info):
+    """By name, or because the strategy drops p(φ | θ) whatever the program."""
+    which = "exact" if info else "no_pooling"
+    other = dataclasses.replace(fits[which], info=info)
+    found = compare({"exact": fits["exact"], "other": other}, data, reference="exact")
+    assert found["other"].distance_given_theta is None
+    assert found["other"].distance is not None
+    expected = "did not estimate scale" if info else "NoPooling drops p(φ | θ)"
+    assert any(note.startswith("other: ") and expected in note for note in found.notes)
+
+
+# Classes
+
+
+def classes(kind):
+    """5 tasks of 2 to 20 answers 0 or 1; the first has no held-out answer."""
+    random = np.random.default_rng(2)
+    counts = (1, 4, 8, 12, 20)
+    group = np.repeat(list("abcde"), counts)
+    y = random.integers(0, 2, len(group)).astype(kind)
+    frame = pd.DataFrame({"group": group, "y": y})
+    return tasks.from_frame(frame, group="group", x=[], y="y").split(support=0.5, seed=0)
+
+
+@pytest.fixture(scope="module", params=["int64", "float64"])
+def answers(request):
+    """Fits of answers given as labels and as numbers: the scores are the same."""
+    split = classes(request.param)
+    model = models.VaryingEffects(family="bernoulli")
+    settings = {"compile": False, **QUIET}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # tasks of equal answers have no maximum
+        return {
+            "complete": inference.CompletePooling().fit(model, split, **settings),
+            "none": inference.NoPooling().fit(model, split, **settings),
+        }, split
+
+
+def slow_class_scores(fitted, episode):
+    """Accuracy, Brier score, and of every point (task, weight, correct, confidence)."""
+    predicted = fitted.posterior_of(episode.support).predict(episode.query).probabilities
+    hits, briers, points = [], [], []
+    for i, count in enumerate(episode.query.counts.tolist()):
+        task_hits, task_briers = [], []
+        for j in range(count):
+            p, y = predicted[i, j].tolist(), int(episode.query.y[i, j])
+            task_hits.append(float(p[y] > p[1 - y]))
+            task_briers.append((p[y] - 1) ** 2 + p[1 - y] ** 2)
+            points.append((i, 1 / count, task_hits[-1], max(p)))
+        hits.append(np.mean(task_hits))
+        briers.append(np.mean(task_briers))
+    return np.array(hits), np.array(briers), points
+
+
+def slow_calibration_error(points, bins=15):
+    total = sum(weight for _, weight, _, _ in points)
+    out = 0.0
+    for b in range(bins):
+        inside = [x for x in points if b / bins < x[3] <= (b + 1) / bins]
+        out += abs(sum(w * (hit - c) for _, w, hit, c in inside)) / total
+    return out
+
+
+def slow_jackknife(values):
+    values, n = np.array(values), len(values)
+    return math.sqrt((n - 1) / n * ((values - values.mean()) ** 2).sum())
+
+
+def test_scores_of_classes_are_those_of_a_loop(answers):
+    fits, split = answers
+    found = compare(fits, split, baseline="complete")
+    assert set(found["none"].scores) == {"nll", "joint_nll", "accuracy", "brier", "ece"}
+    slow = {name: slow_class_scores(fit, split.episode) for name, fit in fits.items()}
+    left_out = {}
+    for name, (hits, briers, points) in slow.items():
+        scores = found[name].scores
+        for key, values in (("accuracy", hits), ("brier", briers)):
+            assert scores[key].value == pytest.approx(values.mean(), rel=1e-6)
+            error = values.std(ddof=1) / math.sqrt(len(values))
+            assert scores[key].standard_error == pytest.approx(error, rel=1e-6)
+        assert scores["ece"].value == pytest.approx(slow_calibration_error(points), abs=1e-7)
+        left_out[name] = [
+            slow_calibration_error([x for x in points if x[0] != i]) for i in range(len(hits))
+        ]
+        error = slow_jackknife(left_out[name])
+        assert scores["ece"].standard_error == pytest.approx(error, rel=1e-5)
+    score = found["none"].scores["ece"]
+    values = [slow_calibration_error(slow[n][2]) for n in ("none", "complete")]
+    assert score.difference == pytest.approx(values[0] - values[1], abs=1e-7)
+    error = slow_jackknife(np.subtract(left_out["none"], left_out["complete"]))
+    assert score.difference_error == pytest.approx(error, rel=1e-5)
+    paired = slow["none"][0] - slow["complete"][0]
+    score = found["none"].scores["accuracy"]
+    assert score.difference == pytest.approx(paired.mean(), abs=1e-9)
+    error = paired.std(ddof=1) / math.sqrt(len(paired))
+    assert score.difference_error == pytest.approx(error, abs=1e-9)
+    assert "accuracy − complete" in str(found)
+
+
+def test_more_accuracy_is_better_and_nan_is_never_the_best():
+    def scored(name, **values):
+        return dataclasses.replace(
+            row(name), scores={key: Score(value, 0.1) for key, value in values.items()}
+        )
+
+    nan = math.nan
+    rows = (
+        scored("low", accuracy=0.2, nll=nan, brier=nan, ece=math.inf),
+        scored("high", accuracy=0.9, nll=nan, brier=0.5, ece=math.inf),
+    )
+    found = dataclasses.replace(record(), rows=rows, reference=None, baseline="low")
+    assert found.best("accuracy") == "high"
+    assert found.best("brier") == "high"
+    assert found.best("nll") is None
+    assert found.best("ece") is None
+    lines = {line.split()[0]: line for line in str(found).splitlines()[2:5] if line.strip()}
+    assert lines["low"].count("*") == 0
+    assert lines["high"].count("*") == 2
+    with pytest.raises(DataError, match="nearest name is 'nll'"):
+        found.best("nl")
+    with pytest.raises(DataError, match="nearest name is 'high'"):
+        found["hi"]
+
+
+# Oracles
+
+
+class Certain:
+    """Components that say P(1) = p for every row."""
+
+    n_draws = 1
+
+    def __init__(self, p, n):
+        self.p, self.n = p, n
+
+    def distribution(self, start, stop):
+        return dist.Bernoulli(torch.full((1, self.n), self.p, dtype=torch.float64))
+
+
+def oracle_of(query, p=0.5, **settings):
+    return Predictive(Certain(p, query.n_points), query, **settings)
+
+
+def test_an_oracle_is_a_row_of_scores(answers):
+    fits, split = answers
+    whole, judged = split.query, split.episode.query
+    oracles = {
+        "whole": oracle_of(whole),
+        "judged": oracle_of(judged),
+        "flat": oracle_of(whole, padded=False),
+    }
+    found = compare(fits, split, oracles=oracles, baseline="whole")
+    assert [row.name for row in found.rows] == [*fits, *oracles]
+    for name in oracles:
+        row = found[name]
+        assert row.strategy == "oracle"
+        assert row.theta is row.seconds_fit is row.distance is row.seed is None
+        assert row.scores["nll"].value == pytest.approx(math.log(2))
+        assert row.nll_by_task == pytest.approx((math.log(2),) * 4)
+    assert found["judged"].scores["nll"].difference == pytest.approx(0.0)
+    assert found["whole"].scores["nll"].difference is None
+    assert found["none"].scores["nll"].difference_error > 0
+    # The table: no star, no seconds.
+    lines = [line for line in str(found).splitlines() if line.startswith("whole")]
+    assert len(lines) == 2
+    assert "*" not in lines[0]
+    assert lines[1].split()[-3:] == ["–", "–", "–"]
+    assert Comparison.from_json(found.to_json()) == found
+    frame = found.to_frame()
+    assert frame.loc["whole", "strategy"] == "oracle"
+    assert math.isnan(frame.loc["whole", "seconds_fit"])
+    assert len(plots.scores(found).axes) == 2
+
+
+def test_a_perfect_oracle_does_not_take_the_star(answers):
+    fits, split = answers
+
+    class Knowing(Certain):
+        def distribution(self, start, stop):
+            return dist.Bernoulli(0.98 * split.query.flat_y.double()[None] + 0.01)
+
+    oracles = {"knowing": Predictive(Knowing(0.0, 0), split.query)}
+    found = compare(fits, split, oracles=oracles)
+    assert found["knowing"].scores["accuracy"].value == 1.0
+    assert found["knowing"].scores["brier"].value == pytest.approx(2 * 0.01**2)
+    assert found["knowing"].scores["ece"].value == pytest.approx(0.01)
+    assert found.best("nll") in fits
+    assert found.baseline in fits
+
+
+def test_a_row_of_another_kind_has_other_scores(answers):
+    """A Normal oracle beside classifiers: what both have is compared, the rest stands alone."""
+    fits, split = answers
+
+    class Bell(Certain):
+        def distribution(self, start, stop):
+            return dist.Normal(torch.full((1, self.n), 0.5), 1.0)
+
+    found = compare(
+        fits, split, oracles={"bell": Predictive(Bell(0, split.query.n_points), split.query)}
+    )
+    scores = found["bell"].scores
+    assert set(scores) == {
+        "nll", "joint_nll", "rmse", "crps", "coverage_0.5", "coverage_0.9", "coverage_0.95"
+    }  # fmt: skip
+    assert scores["rmse"].value == pytest.approx(0.5)
+    assert scores["nll"].difference is not None
+    assert scores["rmse"].difference is None
+
+
+def test_oracles_and_baselines_that_are_refused(answers):
+    fits, split = answers
+    query = split.query
+    good = {"even": oracle_of(query)}
+    with pytest.raises(DataError, match=r"baseline as one of the rows.*nearest name is 'even'"):
+        compare(fits, split, oracles=good, baseline="evan")
+    with pytest.raises(DataError, match=r"reference as one of the fits.*'even'"):
+        compare(fits, split, oracles=good, reference="even")
+    with pytest.raises(DataError, match="Tensor under 'even'"):
+        compare(fits, split, oracles={"even": torch.zeros(3)})
+    with pytest.raises(DataError, match="names that no fit has; found Predictive under 'none'"):
+        compare(fits, split, oracles={"none": oracle_of(query)})
+    with pytest.raises(DataError, match="oracles by name; found Predictive"):
+        compare(fits, split, oracles=oracle_of(query))
+    with pytest.raises(DataError, match=r"oracle 'even' of \d+ rows of 2 tasks"):
+        compare(fits, split, oracles={"even": oracle_of(split.episode.query[:2])})
+    with pytest.raises(DataError, match="other numbers of rows by task"):
+        compare(fits, split, oracles={"even": oracle_of(split.support)})
+
+
+def test_an_oracle_of_another_draw_of_the_same_family_is_refused(seen_and_honest):
+    pair, episode = seen_and_honest
+    family = tasks.LinearTasks([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], 0.5)
+    other = family.sample(4, seed=1)
+    fit = pair["honest"]
+    oracle = fit.adapt(other.support).predict(other.query)
+    with pytest.raises(DataError, match="with another x"):
+        compare({"exact": fit}, episode, oracles={"oracle": oracle})
+    right = fit.adapt(episode.support).predict(episode.query)
+    found = compare({"exact": fit}, episode, oracles={"same": right})
+    assert found["same"].scores["rmse"].value == found["exact"].scores["rmse"].value

@@ -5,7 +5,9 @@ import pytest
 
 from hbmeta import inference, models, plots, tasks
 from hbmeta.comparison import compare
+from hbmeta.densities import Delta
 from hbmeta.errors import DataError
+from hbmeta.posterior import TaskPosterior
 from hbmeta.styles import styles_of
 
 SETTINGS = {"compile": "graph", "seed": 0, "progress": False}
@@ -98,6 +100,31 @@ def test_shrinkage_leads_from_each_tasks_estimate_to_the_pooled_one(posteriors):
     assert len(set(x)) == len(x)
     assert figure.axes[0].get_xscale() == "log"
     plots.shrinkage(posteriors["no_pooling"], None, posteriors["maml"], coordinate=1)
+
+
+def test_a_runaway_estimate_does_not_squeeze_shrinkage(posteriors):
+    own = posteriors["no_pooling"]
+    loc = own.density.loc.clone()
+    loc[1, 0], loc[3, 0] = 1e6, -1e6
+    wild = TaskPosterior(own.problem, own.theta, Delta(loc), own.support, units=own.units)
+    quiet = plots.shrinkage(own, None, posteriors["exact"]).axes[0]
+    assert not [x for x in quiet.get_lines() if x.get_marker() in "^v"]
+    figure = plots.shrinkage(wild, None, posteriors["exact"])
+    axis = figure.axes[0]
+    low, high = axis.get_ylim()
+    others = posteriors["exact"].moments()["coefficients"][0][:, 0].numpy()
+    assert low < others.min() < others.max() < high
+    assert high - low < 4 * np.ptp([*quiet.get_ylim()])
+    x, _ = drawn(figure, "no pooling")
+    for marker, task, edge in (("^", 1, high), ("v", 3, low)):
+        (arrow,) = [
+            line for line in axis.get_lines()
+            if line.get_marker() == marker and len(line.get_xdata())
+        ]  # fmt: skip
+        assert arrow.get_xdata() == pytest.approx([x[task]])
+        assert low < arrow.get_ydata()[0] < high
+        assert abs(arrow.get_ydata()[0] - edge) < 0.1 * (high - low)
+    assert drawn(figure, "no pooling, off the axis (2)")[0].size == 0
 
 
 def test_scores_of_a_comparison(fits, data):
