@@ -7,6 +7,7 @@ of the support is uniform on 0..n_i. An episode keeps its own cut; a source draw
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -77,9 +78,13 @@ class Feed:
         self.is_source = not isinstance(data, (TaskSet, Episode, Tasks))
         if self.is_source:
             self.n_tasks: int | None = None
+            self.n_contributing: int | None = None
             return
         tasks = training_tasks(data, seed).to(device=device, dtype=dtype)
         self.n_tasks = tasks.n_tasks
+        # Tasks that a loss is averaged over in some step; an episode says which rows are queries.
+        rows = data.query.counts if isinstance(data, Episode) and needs == "split" else tasks.counts
+        self.n_contributing = max(int((rows > 0).sum()), 1)
         self.all = Batch.of(tasks, layout)
         self.index = self.all.task if self.all.task is not None else None
         self.given: Tensor | None = None
@@ -158,7 +163,7 @@ class Feed:
         cells = torch.cat([torch.arange(width, device=batch.x.device), first])
         weight = torch.cat([batch.weight, batch.weight.new_zeros(batch.n_tasks, short)], 1)
         y = None if batch.y is None else batch.y[:, cells]
-        return Batch(batch.x[:, cells], y, weight, None, batch.n_tasks)
+        return replace(batch, x=batch.x[:, cells], y=y, weight=weight)
 
 
 def _take(batch: Batch, given: Tensor | None, chosen: Tensor) -> tuple[Batch, Tensor | None]:
@@ -170,7 +175,7 @@ def _take(batch: Batch, given: Tensor | None, chosen: Tensor) -> tuple[Batch, Te
     n = chosen.shape[0]
     if batch.task is None:
         y = None if batch.y is None else batch.y[chosen]
-        taken = Batch(batch.x[chosen], y, batch.weight[chosen], None, n)
+        taken = replace(batch, x=batch.x[chosen], y=y, weight=batch.weight[chosen], n_tasks=n)
         return taken, None if given is None else given[chosen]
     position = torch.full((batch.n_tasks,), -1, dtype=torch.int64, device=batch.x.device)
     position[chosen] = torch.arange(n, device=batch.x.device)

@@ -104,6 +104,8 @@ def inspect_program(program: Program, batch: Batch) -> Sites:
 def _remedy(error: str) -> str:
     if "inside plate" in error:
         return "Add .to_event(1) to vectors, and check the size and dim of the plate."
+    if "scale_tril" in error or "PositiveDefinite" in error:
+        return "The covariance is singular: add noise, or drop points with equal x."
     if "dtype" in error:
         return "Make the program's constants in the dtype of x, or convert: tasks.to(dtype=...)."
     return "Call it on these shapes by hand to see where it fails."
@@ -114,7 +116,7 @@ class _Reader:
 
     def __init__(self, name: str, batch: Batch) -> None:
         self.name, self.batch = name, batch
-        self.nested = batch.task is None
+        self.layout, self.nested = batch.layout, batch.layout == "nested"
         self.frames: dict[str, Any] = {}
 
     def read(self, messages: list[dict[str, Any]]) -> Sites:
@@ -180,9 +182,17 @@ class _Reader:
         )
 
     def check_plates(self, message: Mapping[str, Any]) -> None:
-        cells = {"task": self.batch.n_tasks, "point": self.batch.x.shape[1 if self.nested else 0]}
+        rows = self.batch.x.shape[0 if self.layout == "flat" else 1]
+        cells = {"task": self.batch.n_tasks, "point": rows}
         names = [frame.name for frame in message["cond_indep_stack"]]
-        if not self.nested and "task" in names and "point" in names:
+        if self.layout == "joint" and "point" in names:
+            raise self.error(
+                message,
+                "no plate `point` in a program with the keyword `mask` (joint layout)",
+                "one",
+                "Leave the keyword `mask` out: points that are independent given φ need none.",
+            )
+        if self.layout == "flat" and "task" in names and "point" in names:
             raise self.error(
                 message,
                 "plates `task` and `point` side by side in the flat layout",
@@ -277,13 +287,9 @@ class _Reader:
                 "Draw y inside `with pyro.plate('task', ...)` and `with pyro.plate('point', ...)`.",
             )
         if "point" in frames:
-            missing = [p for p in ("task", "point") if p not in frames] if self.nested else []
-            if missing:
+            if self.nested and "task" not in frames:
                 raise self.error(
-                    message,
-                    f"plate {missing[0]!r} around it",
-                    f"plates {frames}",
-                    "Nest the plates.",
+                    message, "plate 'task' around it", f"plates {frames}", "Nest the plates."
                 )
             cells = (
                 (self.batch.n_tasks, self.batch.x.shape[1])
@@ -297,17 +303,28 @@ class _Reader:
                     f"batch shape {tuple(fn.batch_shape)}",
                     "Check the shape of its parameters, and .to_event(1) for vectors.",
                 )
+        elif self.layout == "joint":
+            expected = ((self.batch.n_tasks,), (self.batch.x.shape[1],))
+            if (tuple(fn.batch_shape), tuple(fn.event_shape)) != expected:
+                raise self.error(
+                    message,
+                    f"batch shape {expected[0]} and event shape {expected[1]}: all points of a "
+                    "task as one observation",
+                    f"batch shape {tuple(fn.batch_shape)}, event shape {tuple(fn.event_shape)}",
+                    "Use a distribution over vectors, such as MultivariateNormal.",
+                )
         else:
             raise self.error(
                 message,
                 "plate 'point' around the observations",
                 f"plates {frames}, batch shape {tuple(fn.batch_shape)}",
-                "Add `with pyro.plate('point', x.shape[-2]):` around the observed site.",
+                "Add `with pyro.plate('point', x.shape[-2]):` around the observed site; or give "
+                "the program the keyword `mask` where points depend on each other given φ.",
             )
         inside = fn.support.check(value)
         while inside.ndim > len(fn.batch_shape):
             inside = inside.all(-1)
-        bad = ~inside & self.batch.mask
+        bad = ~inside if self.layout == "joint" else ~inside & self.batch.mask
         if bool(bad.any()):
             offending, rows = value[bad][0].tolist(), int(self.batch.mask.sum())
             raise DataError(
@@ -343,7 +360,8 @@ class _Reader:
                 found=found,
                 do="Pass y as obs of a distribution; pyro.deterministic adds nothing to log p(y).",
             )
-        if not groups["local"]:
+        # A function that is integrated out may leave nothing else that differs between tasks.
+        if not groups["local"] and self.layout != "joint":
             raise ProgramError(
                 self.name,
                 needed="at least one latent site inside plate 'task' (the task parameters φ)",
@@ -367,7 +385,9 @@ class _Reader:
     def holds_y(self, value: torch.Tensor) -> bool:
         """Whether a site observes y and not something made of it (another dtype is still y)."""
         y = self.batch.y
-        return y is not None and value.shape == y.shape and bool((value == y).all())
+        if y is None or value.shape != y.shape:
+            return False
+        return bool(torch.eq(value, y)[self.batch.mask].all())
 
 
 def _family(fn: Any) -> str:

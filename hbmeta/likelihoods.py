@@ -28,6 +28,7 @@ __all__ = [
     "is_discrete",
     "largest_parameter",
     "not_finite",
+    "ranks",
     "seeded",
     "unmasked",
 ]
@@ -88,9 +89,10 @@ def is_discrete(family: Any) -> bool:
 
 def _parameters(family: Any) -> Iterator[tuple[str, Tensor]]:
     """The parameters that a distribution holds, and those of the one that it is built on."""
-    base = getattr(family, "base_dist", None)
-    if base is not None:
-        yield from _parameters(base)
+    for part in ("base_dist", "mixture_distribution", "component_distribution"):
+        base = getattr(family, part, None)
+        if base is not None:
+            yield from _parameters(base)
     for name in family.arg_constraints:
         # Others, such as logits beside probs, are computed from these when asked for.
         value = family.__dict__.get(name)
@@ -161,3 +163,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def ranks(chosen: Tensor) -> Tensor:
+    """How often each entry (n, tasks) occurred before in its column."""
+    ordered, order = chosen.sort(stable=True, dim=0)
+    place = torch.arange(len(chosen), device=chosen.device)[:, None].expand_as(ordered)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    begins = torch.where(new, place, 0).cummax(0).values
+    return torch.empty_like(order).scatter_(0, order, place - begins)

@@ -10,6 +10,7 @@ For x = T(u) with T the bijection of the support, the mode of p(u) = p(T(u)) |T'
     HalfNormal, HalfCauchy, Weibull                   the scale: x e^(-x²/2s²) and x / (1 + x²/s²)
                                                       peak at s
     LKJCholesky                                       the identity
+    ImproperUniform over the reals                    0, as good as any
     a bijective transform of one of these             its base's location, pushed through; the mode
                                                       where the map is affine in unconstrained
                                                       space (exp, sigmoid or tanh of a real base)
@@ -24,7 +25,8 @@ from __future__ import annotations
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, biject_to
+from torch.distributions.transforms import identity_transform
 
 from hbmeta.errors import ProgramError
 
@@ -79,6 +81,8 @@ def location(distribution: Distribution, where: str) -> Tensor:
         return centre.expand(base.batch_shape)
     if isinstance(base, _AT_MEAN):
         return base.mean
+    if isinstance(base, dist.ImproperUniform) and biject_to(base.support) is identity_transform:
+        return torch.zeros(base.batch_shape + base.event_shape)
     if isinstance(base, torch.distributions.LKJCholesky):
         shape = base.batch_shape + base.event_shape
         like = base.concentration

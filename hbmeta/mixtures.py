@@ -27,6 +27,7 @@ from hbmeta.likelihoods import (
     has_moments,
     largest_parameter,
     not_finite,
+    ranks,
     seeded,
     unmasked,
 )
@@ -53,14 +54,21 @@ class Mixture:
         components: one likelihood per draw and row.
         tasks: which row belongs to which task.
         log_weights: (draws, tasks), normalised within each task; None weighs all alike.
+        row_log_weights: (draws, rows), normalised, to use instead for what is asked of one row.
     Raises:
         ConvergenceError: parameters or densities that are not finite; names the task.
     """
 
-    def __init__(self, components: Components, tasks: Tasks, log_weights: Tensor | None) -> None:
+    def __init__(
+        self,
+        components: Components,
+        tasks: Tasks,
+        log_weights: Tensor | None,
+        row_log_weights: Tensor | None = None,
+    ) -> None:
         self.components, self.tasks = components, tasks
         self.n_draws, self.n_rows = int(components.n_draws), tasks.n_points
-        self._log_weights = log_weights
+        self._log_weights, self._by_row = log_weights, row_log_weights
 
     # Pieces
 
@@ -110,7 +118,9 @@ class Mixture:
 
     def log_weights(self, start: int, stop: int, like: Tensor | None = None) -> Tensor:
         """(draws, n or 1), with as many dimensions as `like`."""
-        if self._log_weights is None:
+        if self._by_row is not None:
+            found = self._by_row[start:stop]
+        elif self._log_weights is None:
             shape, value = (stop - start, 1), -math.log(self.n_draws)
             found = torch.full(shape, value, dtype=torch.float64, device=self.tasks.device)
         else:
@@ -357,7 +367,7 @@ class Mixture:
             else:
                 chosen = torch.multinomial(self._log_weights.exp().T, n, replacement=True).T
             out: Tensor = self.first.sample().new_empty(n, self.n_rows, *self.event)
-            self._fill(out, chosen, _ranks(chosen), 0, count)
+            self._fill(out, chosen, ranks(chosen), 0, count)
         return out
 
     def _fill(self, out: Tensor, chosen: Tensor, rank: Tensor, start: int, stop: int) -> None:
@@ -388,13 +398,3 @@ class Mixture:
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """Σ_s w_s v_s; a weight of 0 silences an infinite value."""
     return torch.where(weights > 0.0, weights * values, 0.0).sum(0)
-
-
-def _ranks(chosen: Tensor) -> Tensor:
-    """How often each entry (n, tasks) occurred before in its column."""
-    ordered, order = chosen.sort(stable=True, dim=0)
-    place = torch.arange(len(chosen), device=chosen.device)[:, None].expand_as(ordered)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    begins = torch.where(new, place, 0).cummax(0).values
-    return torch.empty_like(order).scatter_(0, order, place - begins)

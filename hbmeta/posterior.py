@@ -14,12 +14,15 @@ from torch import Tensor
 
 from hbmeta.components import Mixture, Particles, linear_columns, linear_gaussian, probes
 from hbmeta.densities import Delta, Density, Empirical, Gaussian, equal_draws
+from hbmeta.enumeration import Classes, integrated, no_joint
 from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.functions import Functions
 from hbmeta.predictive import Predictive
 from hbmeta.problem import Problem
 from hbmeta.program import Theta
 from hbmeta.sites import Site
 from hbmeta.tasks import Tasks
+from hbmeta.tasks.checks import check_count
 
 if TYPE_CHECKING:
     import arviz
@@ -93,6 +96,7 @@ class TaskPosterior:
 
     def particles(self, draws: int = 1000, seed: int = 0) -> Particles:
         """At most `draws` stored draws of (θ, φ), evenly thinned, or fresh ones of a Gaussian."""
+        draws = check_count(draws, "draws", where="posterior")
         density = self.density
         if isinstance(density, Delta):
             return Particles(self.theta, False, density.loc.unsqueeze(0), None)
@@ -149,9 +153,9 @@ class TaskPosterior:
 
         Stored draws are taken with replacement where there are fewer of them or they are weighted.
         """
-        if n < 1:
+        if not isinstance(n, int) or n < 1:
             raise DataError(
-                "TaskPosterior.sample", needed="n of 1 or more", found=str(n), do="Pass n=1000."
+                "TaskPosterior.sample", needed="n of 1 or more", found=repr(n), do="Pass n=1000."
             )
         density, wanted = self.density, n
         if isinstance(density, Empirical) and density.log_weights is not None:
@@ -230,7 +234,7 @@ class TaskPosterior:
         with torch.no_grad():
             at_location = self.problem.run(self.theta, {}, batch, with_y=False)
         unconstrained, jacobian = {}, torch.zeros(())
-        nested = batch.task is None
+        nested = batch.layout == "nested"
         for site in self.problem.sites.locals:
             transform = at_location.transforms[site.name]
             value = phi[site.name].to(self.problem.dtype)
@@ -322,11 +326,38 @@ class TaskPosterior:
         tasks = tasks.to(device=self.problem.device, dtype=self.problem.dtype)
         particles = self.particles(draws, seed)
         units = {"location": self.units.location, "scale": self.units.scale, "seed": seed}
+        if tasks.n_points and self.problem.layout == "joint":
+            functions = Functions(self.problem, particles, self.support, tasks)
+            return Predictive(
+                functions,
+                tasks,
+                log_weights=particles.log_weights,
+                joint=functions.joint,
+                joint_sample=functions.sample,
+                **units,  # type: ignore[arg-type]
+            )
+        if tasks.n_points and self.problem.classes is not None:
+            return self._predict_classes(particles, tasks, seed)
         exact = linear_gaussian(self.problem, self.theta, self.density, tasks)
         if exact is not None:
             return Predictive(exact, tasks, joint=exact.joint, joint_sample=exact.sample, **units)  # type: ignore[arg-type]
         mixture = Mixture(self.problem, particles, tasks)
         return Predictive(mixture, tasks, log_weights=particles.log_weights, **units)  # type: ignore[arg-type]
+
+    def _predict_classes(self, particles: Particles, tasks: Tasks, seed: int) -> Predictive:
+        if isinstance(self.density, Gaussian):
+            closed = integrated(self.problem, self.theta, self.density, tasks)
+            if closed is not None:
+                return Predictive(closed, tasks, joint=no_joint, seed=seed)
+        classes = Classes(self.problem, particles, tasks)
+        return Predictive(
+            classes,
+            tasks,
+            log_weights=particles.log_weights,
+            row_log_weights=classes.log_evidence,
+            joint=None if isinstance(self.density, Delta) else no_joint,
+            seed=seed,
+        )
 
     def to_inference_data(self, draws: int = 1000, seed: int = 0) -> arviz.InferenceData:
         """ArviZ groups posterior, log_likelihood, observed_data, constant_data; dims by plate."""

@@ -43,6 +43,8 @@ class Predictive:
         components: one likelihood per draw and row.
         tasks: the rows to predict; only x and the layout are read.
         log_weights: (draws, tasks), normalised here within each task; None weighs all alike.
+        row_log_weights: (draws, rows) how well a draw explains what else is known of a row (its x,
+            in a model of x); weighs the draws of each row on top of `log_weights`.
         joint: log p(y_i | x_i, S_i) of all rows of each task together, (tasks,), where it is known
             in closed form; takes the flat y (n,) in the units and the dtype of the model.
         joint_sample: (number, seed) to draws (number, n) from that joint density; without it the
@@ -63,6 +65,7 @@ class Predictive:
         tasks: Tasks,
         *,
         log_weights: Tensor | None = None,
+        row_log_weights: Tensor | None = None,
         joint: Callable[[Tensor], Tensor] | None = None,
         joint_sample: Callable[[int, int], Tensor] | None = None,
         location: float = 0.0,
@@ -79,10 +82,18 @@ class Predictive:
             )
         self.tasks, self.seed, self.padded = tasks, seed, padded
         self.location, self.scale = float(location), float(scale)
+        by_row = None
+        if row_log_weights is not None:
+            given = row_log_weights.double()
+            whole = given.new_zeros(len(given), tasks.n_tasks).index_add(1, tasks.task, given)
+            if log_weights is not None:
+                given = given + log_weights.double()[:, tasks.task]
+                whole = whole + log_weights.double()
+            by_row, log_weights = torch.log_softmax(given, 0), whole
         if log_weights is not None:
             log_weights = _normalised(log_weights, components.n_draws, tasks)
         self._joint, self._joint_sample = joint, joint_sample
-        self._mixture = Mixture(components, tasks, log_weights)
+        self._mixture = Mixture(components, tasks, log_weights, by_row)
 
     @property
     def n_draws(self) -> int:
@@ -144,6 +155,17 @@ class Predictive:
             found = torch.stack([1.0 - found, found], -1)
         return self._shaped(found)
 
+    @property
+    def labels(self) -> Tensor:
+        """Most probable class of every row, int64, shaped as y; the lowest of equal ones.
+
+        A OneHotCategorical response has one label per vector.
+
+        Raises:
+            UnsupportedModelError: y is no class.
+        """
+        return self.probabilities.argmax(-1)
+
     def quantile(self, p: float | Sequence[float]) -> Tensor:
         """Quantiles: y with P(Y ≤ y) = p; for whole numbers the smallest with P(Y ≤ y) ≥ p.
 
@@ -192,9 +214,9 @@ class Predictive:
         Returns:
             (n, *shape of y), in the units of y; int64 for class labels.
         """
-        if n < 1:
+        if not isinstance(n, int) or n < 1:
             raise DataError(
-                "Predictive.sample", needed="n of 1 or more", found=f"{n}", do="Pass n=1000."
+                "Predictive.sample", needed="n of 1 or more", found=f"{n!r}", do="Pass n=1000."
             )
         seed = self.seed if seed is None else seed
         if self._joint_sample is None or self.tasks.n_points == 0:

@@ -13,12 +13,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.nn.module import PyroModule, to_pyro_module_
 from torch import Tensor, nn
 
-from hbmeta.errors import ProgramError, UnsupportedModelError
+from hbmeta.enumeration import class_cells, count_classes
+from hbmeta.errors import ProgramError
+from hbmeta.functions import check_mask, leave_one_out
 from hbmeta.inspection import inspect_program
 from hbmeta.program import (
     Batch,
@@ -31,6 +32,7 @@ from hbmeta.program import (
     layouts,
     program_name,
 )
+from hbmeta.rebuilding import rebuild, tensors_of
 from hbmeta.sites import Sites
 from hbmeta.tasks import Tasks
 
@@ -48,7 +50,7 @@ class Problem:
     Args:
         program: a `HierarchicalModel` or any Pyro program of the convention.
         tasks: data to read the sites from; one row is kept, to stand in where no task has any.
-        layout: "nested" or "flat"; by default the cheaper one that the program offers.
+        layout: "nested", "flat" or "joint"; by default the cheapest that the program offers.
     Raises:
         ProgramError, DataError: the program breaks the convention, or y is outside its support.
     """
@@ -82,7 +84,15 @@ class Problem:
             )
         self.sites: Sites = inspect_program(self.program, Batch.of(example, self.layout))
         self._row = (example.flat_x[:1].clone(), example.flat_y[:1].clone())
+        self.y_dtype = example.flat_y.dtype
         self._check_names()
+        self.classes = count_classes(self, self.one_row())
+        if self.layout == "joint":
+            check_mask(self, example)
+        # A response that cannot be taken apart could not be predicted; better said before a fit.
+        first = self.one_row()
+        with torch.no_grad():
+            tensors_of(self.response(self.theta(first), {}, first))
 
     @staticmethod
     def _cheaper(offered: tuple[Layout, ...], tasks: Tasks) -> Layout:
@@ -127,7 +137,12 @@ class Problem:
             return row.unsqueeze(0).expand(tasks.n_tasks, *row.shape)
 
         y_cells = None if y_row is None else each(y_row)
-        return Batch(each(x), y_cells, each(nothing), None, tasks.n_tasks)
+        return Batch(each(x), y_cells, each(nothing), None, tasks.n_tasks, self.layout == "joint")
+
+    def one_row(self) -> Batch:
+        """A batch of one task with the one row that is kept of the data."""
+        x, y = self._row
+        return self.batch(Tasks.from_flat(x, y, torch.zeros(1, dtype=torch.int64), 1))
 
     def run(
         self, theta: Mapping[str, Tensor], phi: Mapping[str, Tensor], batch: Batch, *, with_y: bool
@@ -148,6 +163,8 @@ class Problem:
 
     def location(self, theta: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """(tasks, phi_size): the location of the task prior, differentiable in θ."""
+        if not self.sites.locals:
+            return torch.zeros(batch.n_tasks, 0, dtype=self.dtype, device=self.device)
         return self.sites.to_vector(self.location_by_site(theta, batch))
 
     def location_by_site(self, theta: Mapping[str, Tensor], batch: Batch) -> Phi:
@@ -188,14 +205,33 @@ class Problem:
     def log_predictive(
         self, theta: Mapping[str, Tensor], phi: Tensor, support: Batch, query: Batch
     ) -> Tensor:
-        """(tasks,) log p(Q | S, φ, θ); rows are independent given φ, so S does not enter."""
-        return self.log_likelihood(theta, phi, query)
+        """(tasks,) log p(y_Q | x_Q, S, φ, θ).
+
+        S enters only where points depend on each other given φ: log p(S ∪ Q | φ) − log p(S | φ).
+        Where a program observes more than y at a point, p(y | the rest, φ) by enumeration of y.
+        """
+        if self.layout == "joint":
+            both = self.log_likelihood(theta, phi, support.beside(query))
+            return both - self.log_likelihood(theta, phi, support)
+        found = self.log_likelihood(theta, phi, query)
+        if self.classes is None:
+            return found
+        rest = class_cells(self, theta, self._sites_of(phi), query).logsumexp(-1)
+        return found - query.per_task(torch.where(query.mask, rest, torch.zeros_like(rest)))
+
+    @functools.cached_property
+    def moving_observation(self) -> str | None:
+        """An observed site other than y whose value is a function of θ, if there is one."""
+        batch = self.one_row()
+        theta = {name: value.requires_grad_() for name, value in self.theta(batch).items()}
+        with torch.enable_grad():
+            found = self.run(theta, {}, batch, with_y=True).observed
+        return next((name for name, (_, value) in found.items() if value.requires_grad), None)
 
     @functools.cached_property
     def diagonal_prior(self) -> bool:
         """Whether the coordinates of φ are independent given θ, found from one Hessian."""
-        x, y = self._row
-        batch = self.batch(Tasks.from_flat(x, y, torch.zeros_like(x[:, 0], dtype=torch.int64), 1))
+        batch = self.one_row()
         generator = torch.Generator().manual_seed(0)
 
         def moved(value: Tensor) -> Tensor:
@@ -224,7 +260,9 @@ class Problem:
 
     def _likelihood(self, out: Evaluation, batch: Batch) -> Tensor:
         cells = out.log_likelihood
-        assert cells is not None
+        if cells is None:
+            assert out.log_factor is not None
+            return out.log_factor
         total = batch.per_task(torch.where(batch.mask, cells, torch.zeros_like(cells)))
         return total if out.log_factor is None else total + out.log_factor
 
@@ -244,7 +282,7 @@ class Problem:
         self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch
     ) -> dict[str, Tensor]:
         """`values` for particles: phi (draws, tasks, phi_size); θ too has a first axis if drawn."""
-        found: dict[str, Tensor] = self._over(
+        found: dict[str, Tensor] = self.over(
             lambda t, p: self.values(t, p, batch), theta, drawn, phi
         )
         return found
@@ -253,75 +291,40 @@ class Problem:
         self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch
     ) -> Tensor:
         """(draws, tasks) log p(y | φ, θ)."""
-        found: Tensor = self._over(lambda t, p: self.log_likelihood(t, p, batch), theta, drawn, phi)
+        found: Tensor = self.over(lambda t, p: self.log_likelihood(t, p, batch), theta, drawn, phi)
         return found
 
     def particle_cells(self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch) -> Tensor:
-        """(draws, *cells) log p(y | φ, θ) of every cell; those of masked cells mean nothing."""
+        """(draws, *cells) log p(y | φ, θ) of every cell; those of masked cells mean nothing.
+
+        Where points depend on each other given φ, log p(y_j | the other points of the task, φ, θ),
+        which is what leave-one-out by importance sampling needs (Bürkner et al. 2021).
+        """
+        if self.layout == "joint":
+            return leave_one_out(self.particle_response(theta, drawn, phi, batch), batch)
 
         def cells(t: Theta, p: Tensor) -> Tensor:
             found = self.run(t, self.sites.from_vector(p), batch, with_y=True).log_likelihood
             assert found is not None
             return found
 
-        found: Tensor = self._over(cells, theta, drawn, phi)
+        found: Tensor = self.over(cells, theta, drawn, phi)
         return found
 
     def particle_response(self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch) -> Any:
         """The distribution of the response, batch shape (draws, *cells)."""
-        kind: dict[str, Any] = {}
+        kept: dict[str, Any] = {}
 
-        def parameters(t: Theta, p: Tensor) -> dict[str, Tensor]:
-            base, event_dims = _base(self.response(t, p, batch))
-            names = parameter_names(base)
-            kind.update(family=type(base), event_dims=event_dims)
-            shape = base.batch_shape
-            return {
-                n: getattr(base, n).expand(shape + getattr(base, n).shape[len(shape) :])
-                for n in names
-            }
+        def apart(t: Theta, p: Tensor) -> dict[str, Tensor]:
+            tensors, kept["spec"] = tensors_of(self.response(t, p, batch))
+            return tensors
 
-        tensors = self._over(parameters, theta, drawn, phi)
-        rebuilt = kind["family"](**tensors, validate_args=False)
-        return rebuilt.to_event(kind["event_dims"]) if kind["event_dims"] else rebuilt
+        tensors = self.over(apart, theta, drawn, phi)
+        return rebuild(kept["spec"], tensors)
 
-    def _over(self, function: Any, theta: Theta, drawn: bool, phi: Tensor) -> Any:
+    def over(self, function: Any, theta: Theta, drawn: bool, phi: Tensor) -> Any:
+        """`function(theta, phi)` for every draw, mapped over the program, without gradients."""
         drawn_names = {site.name for site in self.sites.globals} if drawn else set()
         axes = {name: 0 if name in drawn_names else None for name in theta}
         with torch.no_grad():
             return torch.vmap(function, in_dims=(axes, 0), randomness="error")(dict(theta), phi)
-
-
-def _base(distribution: Any) -> tuple[Any, int]:
-    """The elementary family under expansion, masking and independence, and its event dims."""
-    event_dims = 0
-    base = distribution
-    while True:
-        if isinstance(base, torch.distributions.Independent):
-            event_dims += base.reinterpreted_batch_ndims
-            base = base.base_dist
-        elif isinstance(base, dist.ExpandedDistribution):
-            base = base.base_dist.expand(base.batch_shape)
-        elif isinstance(base, dist.MaskedDistribution):
-            base = base.base_dist
-        else:
-            return base, event_dims
-
-
-def parameter_names(base: Any) -> tuple[str, ...]:
-    """Constructor arguments that hold the whole state of an elementary family."""
-    names = set(base.arg_constraints)
-    if {"probs", "logits"} <= names:
-        names.discard("probs")
-    if "scale_tril" in names:
-        names -= {"covariance_matrix", "precision_matrix"}
-    if not names or (
-        isinstance(base, torch.distributions.TransformedDistribution) and not hasattr(base, "loc")
-    ):
-        raise UnsupportedModelError(
-            f"predictions of {type(base).__name__}",
-            needed="an elementary family with named parameters as the response",
-            found=type(base).__name__,
-            do="Transform y before fitting, or write the response with a family such as LogNormal.",
-        )
-    return tuple(sorted(names))

@@ -1,9 +1,11 @@
 """Reads a three-level Pyro program: sites, plates, supports, and log densities per task.
 
-A program is any callable that Pyro can run, in one of two layouts (docs/design.md, "Program"):
+A program is any callable that Pyro can run, in one of three layouts (docs/design.md, "Program"):
 
     nested   model(x, y=None)                    plates `task` (dim -2) and inside it `point` (-1)
     flat     model(x, y=None, *, task, n_tasks)  plates `task` and `point` apart; φ[task] per row
+    joint    model(x, y=None, *, mask=None)      plate `task` (-1) alone: the points of a task
+                                                 depend on each other given φ (a Gaussian process)
 
 One handler runs the program with θ and φ given in unconstrained space and collects
 log p(y | φ, θ), log p(φ | θ) and log p(θ), the last two with the Jacobian of the transform.
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyro
@@ -31,7 +33,7 @@ from hbmeta.sites import Phi, Theta
 from hbmeta.tasks import Tasks
 
 Program = Callable[..., Any]
-Layout = Literal["nested", "flat"]
+Layout = Literal["nested", "flat", "joint"]
 
 __all__ = [
     "Batch",
@@ -53,13 +55,14 @@ class Batch:
     """The data of a batch of tasks as a program sees them; a tree of tensors.
 
     Attributes:
-        x: (tasks, points, features) nested, (rows, features) flat.
-        y: (tasks, points, ...) nested, (rows, ...) flat; None where only inputs are known.
+        x: (tasks, points, features) nested and joint, (rows, features) flat.
+        y: (tasks, points, ...) or (rows, ...); None where only inputs are known.
         weight: 1 where a cell counts and 0 where it does not (padding, rows of the query); (tasks,
-            points) nested, (rows,) flat, in the dtype of x: a compiled graph reads it twice as fast
-            as a bool.
-        task: (rows,) the group index of the flat layout; None marks the nested one.
+            points) or (rows,), in the dtype of x: a compiled graph reads it twice as fast as a
+            bool.
+        task: (rows,) the group index of the flat layout, None in the others.
         n_tasks: number of tasks, those without rows counted.
+        joint: whether the program takes the points of a task as one observation.
     """
 
     x: Tensor
@@ -67,20 +70,23 @@ class Batch:
     weight: Tensor
     task: Tensor | None
     n_tasks: int
+    joint: bool = False
 
     @staticmethod
     def of(tasks: Tasks, layout: Layout) -> Batch:
         """The batch of all rows of `tasks` in the given layout."""
-        if layout == "nested":
+        if layout != "flat":
             x, weight = _by_column(tasks.x), tasks.mask.to(tasks.dtype)
-            return Batch(x, tasks.y, weight, None, tasks.n_tasks)
+            return Batch(x, tasks.y, weight, None, tasks.n_tasks, layout == "joint")
         weight = torch.ones(tasks.n_points, dtype=tasks.dtype, device=tasks.device)
         return Batch(_by_column(tasks.flat_x), tasks.flat_y, weight, tasks.task, tasks.n_tasks)
 
     @property
     def layout(self) -> Layout:
-        """Flat where `task` says which group a row is of, nested elsewhere."""
-        return "nested" if self.task is None else "flat"
+        """Which of the three layouts this is."""
+        if self.task is not None:
+            return "flat"
+        return "joint" if self.joint else "nested"
 
     @property
     def counts(self) -> Tensor:
@@ -100,12 +106,21 @@ class Batch:
 
     def where(self, mask: Tensor) -> Batch:
         """The same cells with another mask: how a support or a query is cut from a task."""
-        return Batch(self.x, self.y, mask.to(self.x.dtype), self.task, self.n_tasks)
+        return replace(self, weight=mask.to(self.x.dtype))
+
+    def beside(self, other: Batch) -> Batch:
+        """The cells of both, those of each task side by side; not for the flat layout."""
+        x, weight = torch.cat([self.x, other.x], 1), torch.cat([self.weight, other.weight], 1)
+        known = self.y is not None and other.y is not None
+        y = torch.cat([self.y, other.y], 1) if known else None  # type: ignore[list-item]
+        return replace(self, x=x, y=y, weight=weight)
 
     def run(self, program: Program, *, with_y: bool) -> None:
         """Calls the program on this batch, in its own layout."""
         y = self.y if with_y else None
-        if self.task is None:
+        if self.joint:
+            program(self.x, y, mask=self.mask)
+        elif self.task is None:
             program(self.x, y)
         else:
             program(self.x, y, task=self.task, n_tasks=self.n_tasks)
@@ -122,13 +137,13 @@ def _by_column(x: Tensor) -> Tensor:
     return x.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
-def _flatten(batch: Batch) -> tuple[list[Any], int]:
-    return [batch.x, batch.y, batch.weight, batch.task], batch.n_tasks
+def _flatten(batch: Batch) -> tuple[list[Any], tuple[int, bool]]:
+    return [batch.x, batch.y, batch.weight, batch.task], (batch.n_tasks, batch.joint)
 
 
-def _unflatten(leaves: Iterable[Any], n_tasks: int) -> Batch:
+def _unflatten(leaves: Iterable[Any], known: tuple[int, bool]) -> Batch:
     x, y, weight, task = leaves
-    return Batch(x, y, weight, task, n_tasks)
+    return Batch(x, y, weight, task, *known)
 
 
 torch.utils._pytree.register_pytree_node(Batch, _flatten, _unflatten)
@@ -139,13 +154,16 @@ class Evaluation:
     """What one run of a program gave.
 
     Attributes:
-        log_likelihood: log p(y | φ, θ) per cell, (tasks, points) or (rows,), not yet masked.
-        log_factor: (tasks,) sum of `pyro.factor` terms inside `task`.
+        log_likelihood: log p(y | φ, θ) per cell, (tasks, points) or (rows,), not yet masked; None
+            in the joint layout.
+        log_factor: (tasks,) sum of `pyro.factor` terms inside `task`, and the log likelihood of
+            the joint layout.
         log_local: (tasks,) log p(φ | θ) in unconstrained space.
         log_global: () log p(θ) in unconstrained space.
         values: constrained values of every latent and deterministic site.
         unconstrained: where each latent stood, and transforms: the maps to its support.
-        response: the distribution of the response, cells as batch.
+        response: the distribution of the response, cells as batch (tasks in the joint layout).
+        observed: distribution and value of the other observed sites inside `point`.
     """
 
     log_likelihood: Tensor | None = None
@@ -156,6 +174,7 @@ class Evaluation:
     unconstrained: dict[str, Tensor] = field(default_factory=dict)
     transforms: dict[str, Any] = field(default_factory=dict)
     response: Any = None
+    observed: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -202,6 +221,7 @@ class _Run(Messenger):
     ) -> None:
         super().__init__()
         self.theta, self.phi, self.batch, self.name_of_response = theta, phi, batch, response
+        self.nested = batch.layout == "nested"
         self.result = Evaluation()
 
     def _pyro_sample(self, message: Any) -> None:
@@ -210,8 +230,10 @@ class _Run(Messenger):
             return
         fn = message["fn"]
         if name == self.name_of_response:
-            # Only the distribution is wanted here; any value of the right shape will do.
-            message["value"] = self.batch.x.new_zeros(fn.batch_shape + fn.event_shape)
+            # Only the distribution is wanted here; any value of the right shape will do. Labels
+            # are whole, because a program may look something up by them.
+            value = self.batch.x.new_zeros(fn.batch_shape + fn.event_shape)
+            message["value"] = value.long() if fn.has_enumerate_support else value
             message["done"] = True
             return
         local = any(frame.name == "task" for frame in message["cond_indep_stack"])
@@ -222,7 +244,7 @@ class _Run(Messenger):
             unconstrained = transform.inv(value)
         else:
             # φ is (tasks, *shape); a nested program wants (tasks, 1, *shape), the 1 being `point`.
-            unconstrained = given.unsqueeze(1) if local and self.batch.task is None else given
+            unconstrained = given.unsqueeze(1) if local and self.nested else given
             value = transform(unconstrained)
         self.result.transforms[name] = transform
         self.result.unconstrained[name] = unconstrained
@@ -237,7 +259,7 @@ class _Run(Messenger):
         local = "task" in frames
         if is_deterministic(message):
             out.values[name] = (
-                value.squeeze(1) if local and self.batch.task is None and value.ndim > 1 else value
+                value.squeeze(1) if local and self.nested and value.ndim > 1 else value
             )
             return
         if name == self.name_of_response and not message["is_observed"]:
@@ -250,6 +272,8 @@ class _Run(Messenger):
         if message["is_observed"]:
             if name == self.name_of_response:
                 out.response = fn
+            elif "point" in frames and type(fn).__name__ != "Unit":
+                out.observed[name] = (fn, value)
             if type(fn).__name__ == "Unit":
                 if local:
                     out.log_factor = _add(
@@ -268,9 +292,8 @@ class _Run(Messenger):
             log_prob = log_prob + jacobian.reshape(*jacobian.shape[: log_prob.ndim], -1).sum(-1)
         if local:
             out.log_local = _add(out.log_local, _per_task(log_prob, self.batch, False))
-            nested = self.batch.task is None
-            out.values[name] = value.squeeze(1) if nested else value
-            out.unconstrained[name] = unconstrained.squeeze(1) if nested else unconstrained
+            out.values[name] = value.squeeze(1) if self.nested else value
+            out.unconstrained[name] = unconstrained.squeeze(1) if self.nested else unconstrained
         else:
             out.log_global = _add(out.log_global, log_prob.sum())
             out.values[name] = value
@@ -283,7 +306,7 @@ def _add(total: Tensor | None, term: Tensor) -> Tensor:
 def _per_task(log_prob: Tensor, batch: Batch, in_point: bool) -> Tensor:
     if in_point:
         return batch.per_task(torch.where(batch.mask, log_prob, torch.zeros_like(log_prob)))
-    return log_prob.sum(-1) if batch.task is None else log_prob
+    return log_prob.sum(-1) if batch.layout == "nested" else log_prob
 
 
 def evaluate(
@@ -340,7 +363,7 @@ def layouts(program: Program) -> tuple[Layout, ...]:
     except (TypeError, ValueError):
         return ("nested",)
     if "task" not in parameters:
-        return ("nested",)
+        return ("joint",) if "mask" in parameters else ("nested",)
     if "n_tasks" not in parameters:
         raise ProgramError(
             program_name(program),

@@ -49,6 +49,12 @@ class Strategy(abc.ABC):
     """Whether the loss wants a query apart from the support, or all rows with a support inside."""
     learns_spread: ClassVar[bool] = True
     """Whether it estimates how much tasks vary, which takes two of them."""
+    keeps_prior: ClassVar[bool] = True
+    """Whether it keeps p(φ | θ), at least its location, or drops it."""
+    without_phi: ClassVar[bool] = False
+    """Whether it takes programs in which nothing differs between tasks but the data."""
+    joint_loss: ClassVar[bool] = False
+    """Whether θ is trained by a density of all that a program observes, embeddings of x included."""
 
     @property
     def name(self) -> str:
@@ -201,6 +207,7 @@ class Strategy(abc.ABC):
                 found="one group",
                 do="Use NoPooling or NUTS for a single group.",
             )
+        self._check_levels(problem)
         self.check(problem)
         options = Options(
             steps=steps, tasks_per_step=tasks_per_step, learning_rate=learning_rate,
@@ -226,6 +233,26 @@ class Strategy(abc.ABC):
             seconds=Seconds(time.perf_counter() - start, learned.seconds_staging),
             chains=learned.chains,
         )
+
+    def _check_levels(self, problem: Problem) -> None:
+        if not problem.sites.locals and not self.without_phi:
+            raise UnsupportedModelError(
+                self.name,
+                needed="task parameters φ to infer",
+                found=f"none in {problem.name}: every hyperparameter is known",
+                do="Use ExactGP, or leave a hyperparameter to be inferred.",
+            )
+        # Without classes to enumerate, a query's loss too is a density of all that is observed.
+        joint = self.joint_loss or problem.classes is None
+        if joint and len(problem.sites.observed) > 1 and (name := problem.moving_observation):
+            raise UnsupportedModelError(
+                self.name,
+                needed="observations that θ does not transform, because it maximises their density",
+                found=f"observed site {name!r}, whose value depends on θ (an embedding that is "
+                "learned would shrink to nothing)",
+                do="Use ProtoNet or MAML, which train on p(y | x), or fix the embedding with "
+                "requires_grad_(False).",
+            )
 
     def _check_finite(self, density: Density, support: Tasks) -> None:
         values = density.phi if isinstance(density, Empirical) else density.loc
