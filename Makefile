@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the first target that needs it builds. An activated environment plays no part.
 #   PYTHON       the interpreter that builds .venv            make test PYTHON=python3.12
-#   PYTEST_ARGS  more arguments for pytest                    make test PYTEST_ARGS="-k bounds -x"
+#   PYTEST_ARGS  more arguments for pytest                    make test PYTEST_ARGS="-k curvature -x"
 PYTHON ?= python3
 PYTEST_ARGS ?=
 

@@ -5,7 +5,8 @@ Student-t of the same place and shape where the weights of the Gaussian vary, an
 
     w_k = p(S_i, φ_k | θ) / q(φ_k),     p(S_i | θ) ≈ mean_k w_k (unbiased),
 
-exact where the log joint is quadratic in φ, because then every w_k equals the evidence. For draws
+exact where the log joint is quadratic in φ, because then every w_k equals the evidence. Only the
+mode that is found is covered: of two far apart the other is missed. For draws
 θ_s of a posterior given other tasks, the pair (θ_s, φ_s) with weight p(S_new | θ_s) is a draw of
 the joint posterior that saw S_new too; one φ_s per θ_s is taken from its w_k.
 """
@@ -13,11 +14,14 @@ the joint posterior that saw S_new too; one φ_s per θ_s is taken from its w_k.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hbmeta.curvature import expand, log_joint, maximise
+from hbmeta.curvature import expand, gradient_and_hessian, log_joint, maximise
 from hbmeta.densities import Empirical, Gaussian
 from hbmeta.errors import UnsupportedModelError
 from hbmeta.problem import Problem
@@ -28,7 +32,14 @@ _DEGREES_OF_FREEDOM = 7.0
 # A relative spread of the weights below this is rounding: the log joint is quadratic.
 _CONSTANT = 1e-6
 
-__all__ = ["conditional", "conditional_over_draws"]
+# Below this share of useful proposals the draws of a task are warned of.
+_POOR = 0.1
+# A mode must be found at this share of the draws of θ.
+_MOST = 0.9
+# The smallest curvature, as a share of the largest, of a proposal without a mode.
+_LEAST = 1e-3
+
+__all__ = ["conditional", "conditional_over_draws", "warn_of_proposals"]
 
 
 def _check_size(problem: Problem, where: str) -> None:
@@ -47,7 +58,9 @@ def conditional(
     """p(φ | S, θ) at one θ: the exact Gaussian where there is one, weighted draws otherwise.
 
     Returns:
-        the density, and info: log_evidence (tasks,), effective_draws (tasks,), converged (tasks,).
+        the density, and info, each (tasks,): log_evidence, effective_draws, proposal_efficiency
+        (their share of the draws), converged (a mode was found) and positive (the curvature there
+        was that of a maximum). `warn_of_proposals` puts what is bad into words.
     """
     _check_size(problem, "the posterior given θ")
     theta = {name: value.detach() for name, value in theta.items()}
@@ -57,17 +70,19 @@ def conditional(
 
     with torch.no_grad():
         start = problem.location(theta, support)
-    mode, converged = maximise(function, start)
-    found = expand(function, mode)
-    loc, tril = found.loc.detach().unsqueeze(0), found.tril.detach().unsqueeze(0)
-    phi, log_w, exact = _weighted(problem, theta, set(), loc, tril, support, draws, seed)
-    log_w, info = log_w[0], {"converged": converged}
+    loc, tril, converged, positive = _proposal(function, start, seed)
+    phi, log_w, exact = _weighted(
+        problem, theta, set(), loc.unsqueeze(0), tril.unsqueeze(0), support, draws, seed
+    )
+    log_w, info = log_w[0], {"converged": converged, "positive": positive}
     info["log_evidence"] = torch.logsumexp(log_w, 0) - math.log(draws)
     if bool(exact.all()):
         info["effective_draws"] = torch.full_like(log_w[0], float(draws))
-        return Gaussian(loc[0], tril[0]), info
+        info["proposal_efficiency"] = torch.ones_like(log_w[0])
+        return Gaussian(loc, tril), info
     density = Empirical(phi[0], log_w)
     info["effective_draws"] = density.effective_draws
+    info["proposal_efficiency"] = density.effective_draws / draws
     return density, info
 
 
@@ -83,8 +98,9 @@ def conditional_over_draws(
         proposals: importance draws per θ and task.
         seed: of the proposals and of the choice among them.
     Returns:
-        the weighted draws, and info: log_evidence (draws, tasks), effective_draws (tasks,) and
-        proposal_efficiency (tasks,), the mean share of useful proposals per θ.
+        the weighted draws, and info: log_evidence (draws, tasks), effective_draws (tasks,),
+        proposal_efficiency (tasks,), the mean share of useful proposals per θ, and for each task
+        whether converged and positive (see `conditional`) hold at nine in ten draws of θ.
     """
     _check_size(problem, "adapting to new tasks from draws of θ")
     names = {site.name for site in problem.sites.globals}
@@ -100,9 +116,7 @@ def conditional_over_draws(
     with torch.no_grad():
         start = torch.vmap(lambda t: problem.location(t, support), in_dims=(axes,))(theta)
     start = start.expand(n_draws, support.n_tasks, problem.sites.phi_size)
-    mode, _ = maximise(function, start)
-    found = expand(function, mode)
-    loc, tril = found.loc.detach(), found.tril.detach()
+    loc, tril, converged, positive = _proposal(function, start, seed)
     phi, log_w, _ = _weighted(problem, theta, names, loc, tril, support, proposals, seed)
     shares = torch.softmax(log_w, 1)
     picked = _pick(shares, seed)
@@ -113,8 +127,54 @@ def conditional_over_draws(
         "log_evidence": evidence,
         "effective_draws": density.effective_draws,
         "proposal_efficiency": (1.0 / shares.square().sum(1) / proposals).mean(0),
+        "converged": converged.double().mean(0) >= _MOST,
+        "positive": positive.double().mean(0) >= _MOST,
     }
     return density, info
+
+
+def warn_of_proposals(info: dict[str, Tensor], ids: tuple[Any, ...], where: str) -> None:
+    """Warns, naming the worst task, where the draws of φ cannot be trusted.
+
+    Args:
+        info: of `conditional` or `conditional_over_draws`.
+        ids: of the tasks.
+        where: who asked.
+    """
+    efficiency = info["proposal_efficiency"]
+    lost = ~(info["converged"] & info["positive"])
+    poor = lost | ~(efficiency >= _POOR)
+    if not bool(poor.any()):
+        return
+    # Lost ones first, then by efficiency.
+    worst = int((efficiency.nan_to_num(0.0) - 2.0 * lost.to(efficiency)).argmin())
+    why = "no mode of p(φ | S, θ) was found" if bool(lost[worst]) else "φ is far from Gaussian"
+    warnings.warn(
+        f"{where}: the draws of task {ids[worst]!r} are poor ({why}; proposal efficiency "
+        f"{float(efficiency[worst]):.2f}; {int(poor.sum())} of {len(ids)} tasks). Fit these tasks "
+        "together with the others, or reparametrise φ.",
+        stacklevel=4,
+    )
+
+
+def _proposal(
+    function: Callable[[Tensor], Tensor], start: Tensor, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Place, factor of the covariance, whether a mode was found, and whether it is a maximum.
+
+    Where −H is not positive definite its eigenvalues are taken by their size: any proposal is
+    valid, and this one is as wide as f is flat.
+    """
+    mode, converged = maximise(function, start, seed=seed)
+    found = expand(function, mode)
+    loc, tril = found.loc.detach(), found.tril.detach()
+    if not bool(found.positive.all()):
+        values, vectors = torch.linalg.eigh(-gradient_and_hessian(function, mode)[2])
+        size = values.abs()
+        size = torch.maximum(size, _LEAST * size.amax(-1, keepdim=True)).clamp_min(_LEAST)
+        wide = torch.linalg.cholesky((vectors / size.unsqueeze(-2)) @ vectors.mT)
+        tril = torch.where(found.positive[..., None, None], tril, wide)
+    return loc, tril, converged, found.positive
 
 
 def _weighted(

@@ -22,7 +22,18 @@ from hbmeta.errors import CurvatureError
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 
-__all__ = ["Expansion", "expand", "gradient_and_hessian", "log_joint", "maximise"]
+# Curvature of f above this share of its magnitude is a saddle's, not the rounding of a flat ridge.
+_UPWARDS = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+__all__ = [
+    "Expansion",
+    "expand",
+    "gradient_and_hessian",
+    "leave_saddle",
+    "log_joint",
+    "maximise",
+    "require_positive",
+]
 
 
 class Expansion(NamedTuple):
@@ -113,14 +124,19 @@ def maximise(
     *,
     iterations: int = 60,
     tolerance: float = 1e-9,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Newton's method with its own damping for each task (Levenberg–Marquardt).
+
+    A start (or a point on the way) without gradient where f curves upwards, such as φ = 0 of
+    y ~ N(φ², s²), is left along the direction of largest curvature, to a side drawn by `seed`.
 
     Args:
         function: as in `gradient_and_hessian`.
         start: (..., tasks, phi_size).
         iterations: at most so many evaluations of the Hessian.
         tolerance: stop where the predicted gain ½ gᵀ(−H)⁻¹g is below it, in nats.
+        seed: of the side to which a saddle is left.
     Returns:
         the point, and (..., tasks) whether it met the tolerance.
     """
@@ -133,7 +149,7 @@ def maximise(
         value, gradient, hessian = gradient_and_hessian(function, phi)
         precision = -hessian
         # The curvature's own magnitude, so that damping has its units.
-        magnitude = precision.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(1e-8)
+        magnitude = _magnitude(precision)
         smallest = torch.linalg.eigvalsh(precision)[..., 0]
         floor = torch.where(
             smallest > 1e-10 * magnitude, 0.0 * smallest, -1.5 * smallest + 1e-3 * magnitude
@@ -147,6 +163,9 @@ def maximise(
         if bool(done.all()):
             # The last step costs nothing and makes a quadratic exact.
             return torch.where(torch.isfinite(step), phi + step, phi), done
+        stuck = (gain.abs() < tolerance) & (smallest < -_UPWARDS[phi.dtype] * magnitude)
+        if bool(stuck.any()):
+            step = torch.where(stuck.unsqueeze(-1), _upwards(precision, damping, seed), step)
         with torch.no_grad():
             new = function(phi + step)
         better = (new >= value - 1e-12 * value.abs()) & torch.isfinite(new)
@@ -156,17 +175,64 @@ def maximise(
     return phi, done
 
 
-def require_positive(
-    positive: Tensor, smallest: Tensor, ids: tuple[object, ...], where: str
-) -> None:
-    """Raises, naming the first task whose curvature is not positive definite."""
-    bad = ~positive
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0, -1])
+def leave_saddle(function: Callable[[Tensor], Tensor], phi: Tensor, *, seed: int = 0) -> Tensor:
+    """φ of a search that has ended, moved where f still curves upwards, so that it can go on.
+
+    Args:
+        function: as in `gradient_and_hessian`; only its sum matters.
+        phi: (..., tasks, phi_size).
+        seed: of the side.
+    """
+    # A search may have ended where a Hessian is not finite; nothing is known of the way on there.
+    precision = torch.nan_to_num(-gradient_and_hessian(function, phi)[2], 0.0, 0.0, 0.0)
+    phi = phi.detach()
+    smallest = torch.linalg.eigvalsh(precision)[..., 0]
+    stuck = smallest < -_UPWARDS[phi.dtype] * _magnitude(precision)
+    if not bool(stuck.any()):
+        return phi
+    step = _upwards(precision, torch.zeros_like(smallest), seed)
+    step = torch.where(stuck.unsqueeze(-1), step, torch.zeros_like(step))
+    with torch.no_grad():
+        before = function(phi).sum()
+        for _ in range(20):
+            if bool(function(phi + step).sum() > before):
+                break
+            step = 0.5 * step
+    return phi + step
+
+
+def _magnitude(precision: Tensor) -> Tensor:
+    """(..., tasks) the size of a curvature."""
+    return precision.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(1e-8)
+
+
+def _upwards(precision: Tensor, damping: Tensor, seed: int) -> Tensor:
+    """A step along the direction in which f curves upwards most.
+
+    With curvature κ > 0 of f along it, f rises by ½ κ s²: by one nat at s = √(2/κ). Damping makes
+    the step shorter.
+    """
+    values, vectors = torch.linalg.eigh(precision)
+    upwards = (-values[..., 0]).clamp_min(torch.finfo(values.dtype).tiny)
+    generator = torch.Generator().manual_seed(seed)
+    coin = torch.randint(0, 2, upwards.shape, generator=generator).to(upwards)
+    length = (2 * coin - 1) * (2 / (upwards + damping)).sqrt()
+    step: Tensor = length.unsqueeze(-1) * vectors[..., 0]
+    return step
+
+
+def require_positive(precision: Tensor, ids: tuple[object, ...], where: str) -> None:
+    """Raises where a precision (tasks, phi_size, phi_size) is not positive definite.
+
+    Raises:
+        CurvatureError: names the task with the smallest eigenvalue.
+    """
+    smallest = torch.linalg.eigvalsh(precision)[..., 0]
+    if not bool((smallest > 0).all()):
+        worst = int(smallest.argmin())
         raise CurvatureError(
             where,
-            needed="a positive definite curvature of every task",
-            found=f"task {ids[index]!r} with smallest eigenvalue "
-            f"{float(smallest[..., index].min()):.3g}",
-            do="Check that its parameters are identified by the prior and the data.",
+            needed="a positive definite posterior precision of every task",
+            found=f"task {ids[worst]!r} with smallest eigenvalue {float(smallest[worst]):.3g}",
+            do="Give every task parameter a proper prior.",
         )

@@ -126,13 +126,23 @@ class Fitted:
 
     def posterior_of(self, support: Tasks) -> TaskPosterior:
         """The posterior of the fit where it saw these tasks with these data, else `adapt`."""
-        known = set(self.tasks.ids)
-        if all(i in known for i in support.ids) and support.same_data(
-            self.tasks.select(support.ids)
-        ):
-            whole = support.ids == self.tasks.ids
-            return self.posterior if whole else self.posterior.select(support.ids)
+        if all(self.saw(support)):
+            return self._posterior_of_known(support)
         return self.adapt(support)
+
+    def saw(self, support: Tasks) -> list[bool]:
+        """For each task, whether the fit saw it (by id) with these very rows, in any order."""
+        if support.same_data(self.tasks):
+            return [True] * support.n_tasks
+        known = set(self.tasks.ids)
+        return [
+            i in known and _rows_of(support[k : k + 1]) == _rows_of(self.tasks.select([i]))
+            for k, i in enumerate(support.ids)
+        ]
+
+    def _posterior_of_known(self, support: Tasks) -> TaskPosterior:
+        whole = support.ids == self.tasks.ids
+        return self.posterior if whole else self.posterior.select(support.ids)
 
     def globals(self) -> dict[str, Tensor]:
         """Constrained global sites: a value each, or draws (draws, *shape)."""
@@ -264,13 +274,46 @@ class Fitted:
             )
 
 
+def _rows_of(tasks: Tasks) -> tuple[torch.dtype, list[list[float]]]:
+    """The rows of x and y as a multiset."""
+    rows = tasks.flat_x
+    if tasks.flat_y is not None:
+        y = tasks.flat_y.to(rows.dtype)
+        rows = torch.cat([rows, y if y.dim() == 2 else y.unsqueeze(-1)], 1)
+    return tasks.dtype, sorted(rows.tolist())
+
+
 def _sites_of(problem: Problem) -> dict[str, list[Any]]:
     """Names, families and shapes of what a fit holds numbers for, as JSON gives them back."""
     return {
         "parameters": [[name, list(value.shape)] for name, value in problem.parameters()],
         "globals": [[s.name, s.family, list(s.shape)] for s in problem.sites.globals],
         "locals": [[s.name, s.family, list(s.shape)] for s in problem.sites.locals],
+        "observed": [[s.name, s.family, list(s.shape)] for s in problem.sites.observed],
     }
+
+
+def _require_same_sites(path: Any, saved: Mapping[str, Any], problem: Problem) -> None:
+    """Raises, naming the first site or parameter that is not as saved."""
+    found = _sites_of(problem)
+    for level in found:
+        was = {site[0]: site[1:] for site in saved.get(level, [])}
+        now = {site[0]: site[1:] for site in found[level]}
+        for name in [*was, *now]:
+            if was.get(name) != now.get(name):
+                raise UnsupportedModelError(
+                    str(path),
+                    needed=_described(level, name, was.get(name)),
+                    found=f"{_described(level, name, now.get(name))} in {problem.name}",
+                    do="Pass the program of the fit as model=.",
+                )
+
+
+def _described(level: str, name: str, kind: list[Any] | None) -> str:
+    what = "parameter" if level == "parameters" else "site"
+    if kind is None:
+        return f"no {what} {name!r} among the {level}"
+    return f"{what} {name!r} {', '.join(str(part) for part in kind)} among the {level}"
 
 
 @contextlib.contextmanager
@@ -312,13 +355,7 @@ def fitted_from_file(
             features=header["features"],
         )
         problem = Problem(model, tasks, layout=header["layout"])
-    if header["sites"] != _sites_of(problem):
-        raise UnsupportedModelError(
-            str(path),
-            needed=f"a program with the sites and parameters {header['sites']}, as saved",
-            found=f"{_sites_of(problem)} in {problem.name}",
-            do="Pass the program of the fit as model=.",
-        )
+    _require_same_sites(path, header["sites"], problem)
     with _reading(path):
         theta = group("theta/")
         own = strategy.parameters(problem, tasks, header["seed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from hbmeta import inference
@@ -98,13 +99,29 @@ def _program(path: Any, header: dict[str, Any], model: Program | None) -> Progra
     if name != header["program"] or (model is None and not ready_made):
         raise UnsupportedModelError(
             str(path),
-            needed=f"the program {header['program']!r} that was fitted",
+            needed=f"the program {header['program'] if state is None else state['class']!r} that "
+            "was fitted, which the file cannot build again",
             found="no model=" if model is None else f"model={name}",
             do="Call hbmeta.load(path, model=program) with the same function or module.",
         )
     if ready_made:
         return model_from_state(state)
     assert model is not None
+    if isinstance(model, HierarchicalModel) and state is not None:
+        _require_same_settings(path, dict(model.settings()), state["settings"])
     if isinstance(model, HierarchicalModel) and state is not None and state["bound"] is not None:
         return model.restore(state["bound"])
     return model
+
+
+def _require_same_settings(path: Any, given: Any, saved: Any) -> None:
+    """Raises where a model has another setting than the one that was fitted."""
+    given = json.loads(json.dumps(given))  # tuples become lists, as in the file
+    for key in sorted({*given, *saved}):
+        if given.get(key) != saved.get(key):
+            raise UnsupportedModelError(
+                str(path),
+                needed=f"a model with {key}={saved.get(key)!r}, as fitted",
+                found=repr(given.get(key)),
+                do="Pass the model of the fit as model=.",
+            )

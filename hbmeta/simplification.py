@@ -9,8 +9,9 @@ pass over the graph:
 
 The second rounds once more, a relative 1e-16 in float64. Numbers that a program wrote
 (`Normal(0.0, 10.0)`) become literals: the compiler folds them, and its cache on disk knows the
-graph again. Then common subexpressions are merged and dead code is dropped (unused priors,
-handlers' bookkeeping).
+graph again. A bool mask that no input enters (the lower triangle of a Cholesky factor) becomes the
+positions where it is True: the compiler cannot index by a mask. Then common subexpressions are
+merged and dead code is dropped (unused priors, handlers' bookkeeping).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import Argument
+from torch.fx.node import Argument, map_arg
 
 aten = torch.ops.aten
 
@@ -45,6 +46,8 @@ _POINTWISE = {
     aten.sub.Tensor,
 }
 
+_INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
 __all__ = ["simplify"]
 
 
@@ -53,6 +56,7 @@ def simplify(graph: GraphModule) -> GraphModule:
     from torch._functorch.compile_utils import fx_graph_cse
 
     graph.graph.eliminate_dead_code()
+    _index_by_position(graph)
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
             _write_literal(graph, node)
@@ -75,6 +79,47 @@ def simplify(graph: GraphModule) -> GraphModule:
     graph.graph = fx_graph_cse(graph.graph)
     graph.recompile()
     return graph
+
+
+def _index_by_position(graph: GraphModule) -> None:
+    """x[..., mask] by whole numbers, where the mask is the same at every call."""
+    known: dict[Node, torch.Tensor | None] = {}
+    for node in list(graph.graph.nodes):
+        if node.target not in _INDEXED:
+            continue
+        indices: list[Argument] = []
+        for index in cast("list[Node | None]", node.args[1]):
+            mask = None if index is None else _constant(graph, index, known)
+            if mask is None or mask.dtype != torch.bool:
+                indices.append(index)
+                continue
+            for axis in mask.nonzero(as_tuple=True):
+                name = f"_position_{len(graph._buffers)}"
+                graph.register_buffer(name, axis)
+                with graph.graph.inserting_before(node):
+                    place = graph.graph.get_attr(name)
+                place.meta = {"val": axis}
+                indices.append(place)
+        node.args = (node.args[0], indices, *node.args[2:])
+    graph.graph.eliminate_dead_code()
+
+
+def _constant(
+    graph: GraphModule, node: Node, known: dict[Node, torch.Tensor | None]
+) -> torch.Tensor | None:
+    """The tensor that a node always is; None where an input enters."""
+    if node in known:
+        return known[node]
+    value: torch.Tensor | None = None
+    if node.op == "get_attr":
+        value = getattr(graph, str(node.target))
+    elif isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable:
+        parts = {part: _constant(graph, part, known) for part in node.all_input_nodes}
+        if all(part is not None for part in parts.values()):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda part: parts[part])
+            value = node.target(*args, **kwargs)
+    known[node] = value if isinstance(value, torch.Tensor) else None
+    return known[node]
 
 
 def _write_literal(graph: GraphModule, node: Node) -> None:

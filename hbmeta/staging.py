@@ -303,7 +303,8 @@ def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
                 found=f"a draw inside the graph ({node.target})",
                 do="Draw the noise outside and pass it in.",
             )
-    return simplify(graph), out["structure"]
+    with _default_dtype_of(tensors):
+        return simplify(graph), out["structure"]
 
 
 @contextlib.contextmanager

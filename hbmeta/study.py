@@ -94,14 +94,18 @@ def estimates(
 ) -> dict[str, dict[str, float | None]]:
     """Mean and sd of each coordinate of the level-1 sites; sd is None where θ is a point.
 
+    Sites that the loss of the fit did not touch are left out.
+
     Args:
         fitted: the fit.
         labels: names of the coordinates, by site.
         task_prior: False leaves out "mean" and "scale", which such a strategy does not estimate.
     """
     out: dict[str, dict[str, float | None]] = {}
+    # These still stand where their prior put them, which is no estimate.
+    untouched = fitted.info.get("untouched", ())
     for site, value in fitted.globals().items():
-        if site in ("mean", "scale") and not task_prior:
+        if site in untouched or (site in ("mean", "scale") and not task_prior):
             continue
         draws = (value if fitted.drawn else value.unsqueeze(0)).double()
         draws = draws.reshape(len(draws), -1)

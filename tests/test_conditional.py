@@ -8,7 +8,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from hbmeta.conditional import conditional, conditional_over_draws
+import hbmeta.conditional
+from hbmeta.conditional import conditional, conditional_over_draws, warn_of_proposals
 from hbmeta.densities import Empirical, Gaussian
 from hbmeta.errors import UnsupportedModelError
 from hbmeta.problem import Problem
@@ -154,6 +155,83 @@ def test_one_proposal_per_theta_is_drawn_by_its_weight():
     # Var of a sample sd: (κ − 1)/(4n) with κ = 3 + 6/shape the kurtosis of a Gamma.
     error = sd * ((2 + 6 / shape) / 80_000).sqrt()
     assert bool(((rate.std(0) - sd).abs() < 5 * error).all())
+
+
+def squared(x, y=None):
+    """y ~ N(φ², 0.1): where the prior's location, 0, is a minimum of the likelihood."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("task", x.shape[0], dim=-2):
+        phi = pyro.sample("phi", dist.Normal(0.0, scale))
+        with pyro.plate("point", x.shape[1], dim=-1):
+            return pyro.sample("y", dist.Normal(phi**2, 0.1), obs=y)
+
+
+def squared_problem():
+    y = [[1.0, 1.1, 0.9], [2.0, 2.1, 1.9], [-0.1, 0.0, 0.1]]
+    tasks = Tasks(torch.zeros(3, 3, 1).double(), torch.tensor(y).double(), ids=["a", "b", "c"])
+    problem = Problem(squared, tasks)
+    return tasks, problem, problem.batch(tasks)
+
+
+def test_a_start_without_gradient_is_left():
+    """Against the integral over φ > 0 on a grid: one of the two equal modes is covered."""
+    tasks, problem, batch = squared_problem()
+    theta = {"scale": torch.tensor(0.0, dtype=torch.float64)}
+    density, info = conditional(problem, theta, batch, draws=4000, seed=1)
+    assert bool((info["converged"] & info["positive"]).all())
+    assert float(info["proposal_efficiency"][:2].min()) > 0.9
+    grid = torch.linspace(0.0, 4.0, 20_001, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    for i in (0, 1):
+        y = tasks.y[i]
+        log_joint = normal(0.0, 1.0).log_prob(grid)
+        log_joint = log_joint + normal(grid**2, 0.1).log_prob(y[:, None]).sum(0)
+        weights = torch.softmax(log_joint, 0)
+        mean = float((weights * grid).sum())
+        sd = float((weights * (grid - mean) ** 2).sum().sqrt())
+        # 4,000 draws: 5 standard errors.
+        assert abs(float(density.mean[i, 0])) == pytest.approx(mean, abs=5 * sd / 60)
+        evidence = float(torch.logsumexp(log_joint, 0)) + math.log(4.0 / 20_000)
+        assert float(info["log_evidence"][i]) == pytest.approx(evidence, abs=0.05)
+    many = {"scale": torch.linspace(-0.5, 0.5, 64, dtype=torch.float64)}
+    density, info = conditional_over_draws(problem, many, batch)
+    assert bool((info["converged"] & info["positive"]).all())
+    assert float((density.phi[:, 0].abs() - 1.0).abs().max()) < 0.3
+    # Each draw of θ takes a side of its own.
+    assert 0 < int((density.phi[:, 0] > 0).sum()) < 64
+
+
+def test_where_no_mode_is_found_the_worst_task_is_named(monkeypatch):
+    """Without a step: the proposal stays at the minimum, valid and poor."""
+    tasks, problem, batch = squared_problem()
+    monkeypatch.setattr(
+        hbmeta.conditional,
+        "maximise",
+        lambda function, start, **_: (start, torch.zeros(start.shape[:-1], dtype=torch.bool)),
+    )
+    theta = {"scale": torch.tensor(0.0, dtype=torch.float64)}
+    density, info = conditional(problem, theta, batch)
+    assert bool(torch.isfinite(density.phi).all())
+    assert info["positive"].tolist() == [False, False, True]
+    with pytest.warns(UserWarning, match="here: the draws of task 'b' are poor .no mode"):
+        warn_of_proposals(info, tasks.ids, "here")
+    _, info = conditional_over_draws(problem, {"scale": torch.zeros(4).double()}, batch)
+    assert info["converged"].tolist() == [False] * 3
+    with pytest.warns(UserWarning, match="are poor .no mode"):
+        warn_of_proposals(info, tasks.ids, "here")
+
+
+def test_poor_proposals_are_warned_of():
+    fine = {
+        "proposal_efficiency": torch.tensor([0.5, 0.9]),
+        "converged": torch.tensor([True, True]),
+        "positive": torch.tensor([True, True]),
+    }
+    warn_of_proposals(fine, ("a", "b"), "here")
+    for worst in (0.05, math.nan):
+        poor = fine | {"proposal_efficiency": torch.tensor([0.5, worst])}
+        with pytest.warns(UserWarning, match="task 'b' are poor .φ is far from Gaussian"):
+            warn_of_proposals(poor, ("a", "b"), "here")
 
 
 def test_same_seed_same_draws_and_no_trace(untouched):

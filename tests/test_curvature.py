@@ -9,6 +9,7 @@ import torch
 from hbmeta.curvature import (
     expand,
     gradient_and_hessian,
+    leave_saddle,
     log_joint,
     maximise,
     require_positive,
@@ -142,10 +143,12 @@ def test_expansion_says_where_the_curvature_is_not_positive():
 
 
 def test_the_error_names_the_task():
-    positive, smallest = torch.tensor([True, False, False]), tensor([1.0, -0.5, -2.0])
-    require_positive(torch.tensor([True]), tensor([1.0]), ("a",), "here")
-    with pytest.raises(CurvatureError, match=r"here: .*task 'b' with smallest eigenvalue -0\.5"):
-        require_positive(positive, smallest, ("a", "b", "c"), "here")
+    precision = torch.diag_embed(tensor([[1.0, 3.0], [2.0, -0.5], [-2.0, 4.0]]))
+    require_positive(precision[:1], ("a",), "here")
+    with pytest.raises(CurvatureError, match=r"here: .*task 'c' with smallest eigenvalue -2"):
+        require_positive(precision, ("a", "b", "c"), "here")
+    with pytest.raises(CurvatureError, match="smallest eigenvalue nan"):
+        require_positive(precision[:1] * torch.nan, ("a",), "here")
 
 
 # Modes
@@ -167,6 +170,36 @@ def test_mode_where_newton_by_itself_diverges():
     point, converged = maximise(f, tensor([[4.0], [-6.0], [-1.9]]))
     torch.testing.assert_close(point, centre, rtol=0.0, atol=1e-5)
     assert bool(converged.all())
+
+
+def two_wells(phi):
+    """−(x² − c)² − (y − x)²: modes at ±√c, a saddle at 0 where the gradient is exactly zero."""
+    x, y = phi[..., 0], phi[..., 1]
+    return -((x**2 - tensor([1.0, 4.0, 0.25])) ** 2) - (y - x) ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_start_without_gradient_is_left(dtype):
+    """Each task, and each draw before them, to a side of its own; the same for the same seed."""
+    start = torch.zeros(10, 3, 2, dtype=dtype)
+    point, converged = maximise(two_wells, start)
+    root = torch.tensor([1.0, 2.0, 0.5], dtype=dtype).expand(10, 3)
+    torch.testing.assert_close(point.abs(), torch.stack([root, root], -1), rtol=1e-4, atol=1e-4)
+    assert bool(converged.all())
+    assert len({tuple(sides) for sides in point[..., 0].sign().tolist()}) > 1
+    again, _ = maximise(two_wells, start)
+    assert torch.equal(point, again)
+
+
+def test_leaving_a_saddle_leaves_maxima_and_flat_ridges_alone():
+    moved = leave_saddle(two_wells, torch.zeros(3, 2, dtype=torch.float64))
+    assert float(two_wells(moved).sum()) > float(two_wells(torch.zeros(3, 2)).sum())
+    assert bool((moved != 0).all())
+    tops = tensor([[1.0, 1.0], [-2.0, -2.0], [0.5, 0.5]])
+    assert torch.equal(leave_saddle(two_wells, tops), tops)
+    # A ridge: −(x + y)², whose curvature along x = −y is 0.
+    points = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(leave_saddle(lambda p: -3 * (p.sum(-1) - 0.7) ** 2, points), points)
 
 
 def test_mode_of_a_program():

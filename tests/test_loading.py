@@ -2,6 +2,8 @@
 
 import json
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -147,8 +149,30 @@ def test_another_program_is_refused(path):
 
 def test_another_program_of_the_same_name_is_refused(path):
     fits.fit(MAML(), program=fits.Heads(width=2)).save(path)
-    with pytest.raises(UnsupportedModelError, match="the sites and parameters"):
+    with pytest.raises(UnsupportedModelError, match=r"parameter 'weight' \[1, 2\] .* \[1, 3\]"):
         load(path, model=fits.Heads(width=3))
+
+
+def likelihood_of(family):
+    """Programs of one name whose latent sites are the same."""
+
+    def program(x, y=None):
+        with pyro.plate("task", x.shape[0], dim=-2):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", family(effect, 1.0), obs=y)
+
+    return program
+
+
+def test_another_likelihood_is_refused(path):
+    tasks = fits.task_set().tasks
+    fits.fit(MAML(), tasks, likelihood_of(dist.Normal)).save(path)
+    load(path, model=likelihood_of(dist.Normal))
+    with pytest.raises(UnsupportedModelError) as caught:
+        load(path, model=likelihood_of(dist.Laplace))
+    assert caught.value.needed == "site 'y' Normal, [] among the observed"
+    assert "site 'y' Laplace" in caught.value.found
 
 
 def test_a_ready_made_model_is_the_one_in_the_file(path):

@@ -327,6 +327,24 @@ def test_probabilities(log_weights):
     torch.testing.assert_close(yes.sum(-1), torch.ones(N).double())
 
 
+def test_labels_are_the_most_probable_classes(log_weights):
+    weights = dense_weights(log_weights)
+    logits = uniform(DRAWS, N, 3, seed=9, low=-2, high=2)
+    slow = (weights[..., None] * logits.softmax(-1).numpy()).sum(0).argmax(-1)
+    for family in (dist.Categorical, dist.OneHotCategorical):
+        found = flat(Stack(family, logits=logits), log_weights=log_weights).labels
+        assert found.dtype == torch.int64
+        assert found.tolist() == slow.tolist()
+    found = flat(Stack(dist.Bernoulli, probs=PROBS), log_weights=log_weights).labels
+    assert found.tolist() == ((weights * PROBS.numpy()).sum(0) > 0.5).astype(int).tolist()
+    padded = Predictive(Stack(dist.Categorical, logits=logits), ragged_tasks())
+    assert padded.labels.shape == (4, 5)
+    empty = Predictive(Stack(dist.Categorical, logits=logits), ragged_tasks()[1:2])
+    assert empty.labels.shape == (1, 1)
+    with pytest.raises(UnsupportedModelError, match="probabilities"):
+        _ = flat(FAMILIES["normal"][0]).labels
+
+
 def test_class_labels():
     logits = uniform(DRAWS, N, 3, seed=9, low=-2, high=2)
     predictive = Predictive(Stack(dist.Categorical, logits=logits), ragged_tasks())

@@ -2,15 +2,18 @@
 
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 from hbmeta import staging
 from hbmeta.errors import DataError, StagingError
-from hbmeta.inference import MAML, AmortizedGuide
+from hbmeta.inference import MAML, AmortizedGuide, nuts
 from hbmeta.models import VaryingEffects
 from hbmeta.problem import Problem
 from hbmeta.staging import Staged, compiler_available, tier_of
+from hbmeta.tasks import Tasks
 from tests.cases import case
 
 
@@ -302,3 +305,105 @@ def test_numbers_without_a_dtype_keep_that_of_the_data(tier):
     x = torch.rand(3, dtype=torch.float64)
     assert abs(float(Staged(program, tier=tier)(x) - program(x))) < 1e-14
     assert torch.get_default_dtype() == torch.float32
+
+
+# Programs that make tensors of their own
+
+
+def correlated(x, y=None, *, task, n_tasks):
+    """Non-centered intercepts and slopes with an LKJ prior, whose map indexes by a mask."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    sd = pyro.sample("sd", dist.HalfNormal(1.0).expand([2]).to_event(1))
+    factor = pyro.sample("factor", dist.LKJCholesky(2, 2.0))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("task", n_tasks, dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    b = mean + z @ (sd.unsqueeze(-1) * factor).T
+    with pyro.plate("point", x.shape[0], dim=-1):
+        return pyro.sample("y", dist.Normal(b[task, 0] + b[task, 1] * x[:, 0], noise), obs=y)
+
+
+def constants(family):
+    def program(x, y=None, *, task, n_tasks):
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones(2)).to_event(1))
+        with pyro.plate("task", n_tasks, dim=-1):
+            prior = dist.MultivariateNormal(torch.zeros(2), torch.diag(torch.ones(2)))
+            z = pyro.sample("z", prior)
+        eta = ((z * scale)[task] * torch.linspace(0.5, 1.0, 2)).sum(-1) + 0.1 * x[:, 0]
+        with pyro.plate("point", x.shape[0], dim=-1):
+            return pyro.sample("y", family(eta), obs=y)
+
+    return program
+
+
+FAMILIES = {
+    "poisson": lambda eta: dist.Poisson(eta.exp()),
+    "bernoulli": lambda eta: dist.Bernoulli(logits=eta),
+}
+
+
+def own_problem(program, y):
+    n = len(y)
+    x = torch.linspace(-1, 1, n, dtype=torch.float64)[:, None]
+    tasks = Tasks.from_flat(x, y, torch.arange(n) % 4, 4)
+    return tasks, Problem(program, tasks)
+
+
+def log_density_of(problem, tasks, tier):
+    """The log density that NUTS samples by a tier, and a point in whose place it is taken."""
+    batch = problem.batch(tasks)
+    theta = problem.theta(batch)
+    run, _ = nuts.staged_log_density(problem, batch, theta, tier, 100)
+    size = problem.sites.theta_size + tasks.n_tasks * problem.sites.phi_size
+    point = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return run(point), nuts.log_density(problem, theta, point, batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_graph_of_a_program_that_makes_tensors(family, dtype):
+    """Whole numbers as y too; `torch.zeros(2)` takes the dtype of the data in the graph."""
+    y = torch.arange(13).remainder(2).to(dtype)
+    tasks, problem = own_problem(constants(FAMILIES[family]), y)
+    found, expected = log_density_of(problem, tasks, "graph")
+    assert_same(list(found), list(expected), 1e-12)
+    assert {tensor.dtype for tensor in found} == {torch.float64}
+
+
+def test_constant_masks_become_positions():
+    """Inductor cannot index by a bool mask; that of a lower triangle is the same at every call."""
+
+    def lower(x, keep):
+        below = torch.arange(3) < torch.arange(3).view(-1, 1)
+        out = torch.zeros_like(x)
+        out[..., below] = x[..., below] ** 2
+        return out.sum(-1) + x[keep].sum()
+
+    x = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    keep = torch.tensor([True, False])
+    graph, _ = staging.trace(lower, (x, keep))
+    assert_same(graph(x, keep)[0], lower(x, keep), 1e-12)
+    masks = [
+        index
+        for node in graph.graph.nodes
+        if "index" in str(node.target)
+        for index in node.args[1]
+        if index is not None and index.op != "get_attr"
+    ]
+    # The mask that was given stays one.
+    assert [mask.op for mask in masks] == ["placeholder"]
+
+
+@pytest.mark.slow
+def test_correlated_effects_are_compiled():
+    y = torch.randn(17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tasks, problem = own_problem(correlated, y)
+    found, expected = log_density_of(problem, tasks, "compiled")
+    assert_same(list(found), list(expected), 1e-10)
+    with warnings.catch_warnings():
+        # So few draws are warned of; a compiler that gives up would be too.
+        warnings.filterwarnings("ignore", message="NUTS:")
+        strategy = nuts.NUTS(draws=20, warmup=30, chains=1, processes=1)
+        fitted = strategy.fit(correlated, tasks, compile=True)
+    assert fitted.density.phi.shape == (20, 4, 2)
+    assert bool(torch.isfinite(fitted.info["log_density"]).all())

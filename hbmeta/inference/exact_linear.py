@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hbmeta.curvature import expand, gradient_and_hessian, log_joint
+from hbmeta.curvature import expand, gradient_and_hessian, log_joint, require_positive
 from hbmeta.densities import Gaussian
-from hbmeta.errors import CurvatureError, UnsupportedModelError
+from hbmeta.errors import UnsupportedModelError
 from hbmeta.feeding import training_tasks
 from hbmeta.inference.strategy import Strategy
 from hbmeta.optimisation import minimise
@@ -56,6 +56,8 @@ class ExactLinear(Strategy):
     References:
         Lindley, Smith (1972), JRSS B 34(1), for the posterior; MacKay (1992) for the evidence.
     """
+
+    joint_loss: ClassVar[bool] = True
 
     prior: bool = False
 
@@ -164,16 +166,7 @@ class ExactLinear(Strategy):
                 f"(families: {families})",
                 do="Use NUTS as the reference and AmortizedGuide as the approximation.",
             )
-        smallest = torch.linalg.eigvalsh(-here)[..., 0]
-        if not bool((smallest > 0).all()):
-            worst = int(smallest.argmin())
-            raise CurvatureError(
-                self.name,
-                needed="a positive definite posterior precision of every task",
-                found=f"task {tasks.ids[worst]!r} with smallest eigenvalue "
-                f"{float(smallest[worst]):.3g}",
-                do="Give every task parameter a proper prior.",
-            )
+        require_positive(-here, tasks.ids, self.name)
 
     def _at_zero(self, problem: Problem, theta: Theta, start: Theta, batch: Batch) -> list[str]:
         """Positive level-1 sites that fell to zero against where they started."""

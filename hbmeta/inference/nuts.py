@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hbmeta.chains import Chains, run_chains
-from hbmeta.conditional import conditional, conditional_over_draws
+from hbmeta.conditional import conditional, conditional_over_draws, warn_of_proposals
 from hbmeta.densities import Density, Empirical
 from hbmeta.errors import DataError, ProgramError, UnsupportedModelError
 from hbmeta.feeding import training_tasks
@@ -44,7 +44,8 @@ class NUTS(Strategy):
     Keeps p(θ), p(φ | θ) and p(y | φ, θ). Split R̂, bulk and tail effective sample sizes, and
     divergences are in `info`; what is bad among them is warned of. Every level-1 parameter needs a
     prior. New tasks get draws of φ given each draw of θ with the weight p(S_new | θ); the effective
-    number of draws per task is in the posterior's `info`.
+    number of draws per task is in the posterior's `info`. Tasks that the fit saw with the very same
+    rows keep its draws.
 
     Args:
         draws: per chain, after warm-up.
@@ -70,10 +71,14 @@ class NUTS(Strategy):
     def __post_init__(self) -> None:
         counts = (self.draws, self.chains, self.warmup, self.max_tree_depth)
         whole = all(isinstance(count, int) and count >= 1 for count in counts)
-        if not (whole and 0 < self.target_accept < 1):
+        share = isinstance(self.target_accept, float) and 0 < self.target_accept < 1
+        several = self.processes is None or (
+            isinstance(self.processes, int) and self.processes >= 1
+        )
+        if not (whole and share and several):
             raise DataError(
                 "NUTS",
-                needed="whole draws, chains, warmup and max_tree_depth of 1 or more, "
+                needed="whole draws, chains, warmup, max_tree_depth (and processes) of 1 or more, "
                 "target_accept in (0, 1)",
                 found=str(self.settings()),
                 do="Correct the setting.",
@@ -192,14 +197,23 @@ class NUTS(Strategy):
         batch = problem.batch(support)
         if not fitted.drawn:
             density, info = conditional(problem, fitted.theta, batch, seed=seed)
+            warn_of_proposals(info, support.ids, "NUTS.adapt")
             return TaskPosterior(
                 problem, fitted.theta, density, support, info=info, units=fitted.units
             )
+        seen = fitted.saw(support)
+        if seen and all(seen):
+            posterior: TaskPosterior = fitted.posterior_of(support)
+            return posterior
+        _warn_of_known(fitted.tasks, support, seen)
         names = [site.name for site in problem.sites.globals]
         total = fitted.theta[names[0]].shape[0]
         kept = torch.linspace(0, total - 1, min(total, _MOST_DRAWS_OF_THETA)).round().long()
         theta = {k: v[kept] if k in names else v for k, v in fitted.theta.items()}
         found, info = conditional_over_draws(problem, theta, batch, seed=seed)
+        warn_of_proposals(info, support.ids, "NUTS.adapt")
+        found = _with_draws_of_the_fit(found, fitted, support, seen, kept)
+        info["effective_draws"] = found.effective_draws
         smallest = float(info["effective_draws"].min())
         if not smallest >= 100:
             worst = support.ids[int(info["effective_draws"].argmin())]
@@ -211,6 +225,40 @@ class NUTS(Strategy):
         return TaskPosterior(
             problem, theta, found, support, drawn=True, info=info, units=fitted.units
         )
+
+
+def _warn_of_known(known: Tasks, support: Tasks, seen: list[bool]) -> None:
+    """Draws of θ that saw rows of a task know them; more rows of it are more evidence to them."""
+    counts = support.counts.tolist()
+    other = [
+        i
+        for i, same, n in zip(support.ids, seen, counts, strict=True)
+        if n and not same and i in known.ids
+    ]
+    if other:
+        warnings.warn(
+            f"NUTS.adapt: task {other[0]!r} was fitted with other rows ({len(other)} such), so "
+            "these rows count on top of the fit's: rows that are in both count twice in θ, and φ "
+            "is drawn from these rows alone. Fit again with all rows; for the posterior of the "
+            "fit call fitted.posterior.select(ids); for another task of that name rename it.",
+            stacklevel=4,
+        )
+
+
+def _with_draws_of_the_fit(
+    found: Empirical, fitted: Any, support: Tasks, seen: list[bool], kept: Tensor
+) -> Empirical:
+    """Tasks that the fit saw with these rows keep its draws, whose weights are equal."""
+    positions = [k for k, same in enumerate(seen) if same]
+    if not positions:
+        return found
+    phi, log_weights = found.phi.clone(), found.log_weights
+    assert log_weights is not None
+    where = [fitted.tasks.position(support.ids[k]) for k in positions]
+    phi[:, positions] = fitted.density.phi[kept][:, where]
+    log_weights = log_weights.clone()
+    log_weights[:, positions] = 0.0
+    return Empirical(phi, log_weights)
 
 
 def trouble(info: dict[str, Any]) -> list[str]:

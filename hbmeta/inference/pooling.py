@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hbmeta.curvature import gradient_and_hessian, maximise
+from hbmeta.curvature import gradient_and_hessian, leave_saddle, maximise
 from hbmeta.densities import Delta
+from hbmeta.errors import UnsupportedModelError
 from hbmeta.feeding import training_tasks
 from hbmeta.inference.strategy import Strategy
-from hbmeta.optimisation import minimise
+from hbmeta.optimisation import Minimum, minimise
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
@@ -51,8 +52,21 @@ class NoPooling(Strategy):
     """
 
     learns_spread: ClassVar[bool] = False
+    joint_loss: ClassVar[bool] = True
+    keeps_prior: ClassVar[bool] = False
 
     iterations: int = 60
+
+    def check(self, problem: Problem) -> None:
+        """Few enough parameters per task for a dense curvature."""
+        if problem.sites.phi_size > _DENSE_LIMIT:
+            raise UnsupportedModelError(
+                self.name,
+                needed=f"at most {_DENSE_LIMIT} parameters per task (the curvature is dense)",
+                found=str(problem.sites.phi_size),
+                do="To fit each task from scratch, use MAML(steps=200) with "
+                "fit(..., learning_rate=0), which leaves the start as it is.",
+            )
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """θ and all φ_i together by L-BFGS."""
@@ -63,6 +77,17 @@ class NoPooling(Strategy):
 
         theta, phi, info, seconds = _fit(problem, tasks, options, self.name, spread, tasks.n_tasks)
         return Learned(theta, density=Delta(phi), info=info, seconds_staging=seconds)
+
+    def adapt(self, fitted: Any, support: Tasks, seed: int) -> Any:
+        """The maximum of each task's likelihood; warns of tasks whose likelihood has none."""
+        found = super().adapt(fitted, support, seed)
+        assert isinstance(found.density, Delta)
+        problem, batch = fitted.problem, fitted.problem.batch(support)
+        _warn_of_unbounded(
+            f"{self.name}.adapt",
+            _unbounded(problem, fitted.theta, found.density.loc, batch, support.ids),
+        )
+        return found
 
     def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Delta:
         """The maximum of log p(S | φ, θ) per task."""
@@ -89,6 +114,8 @@ class CompletePooling(Strategy):
     """
 
     learns_spread: ClassVar[bool] = False
+    joint_loss: ClassVar[bool] = True
+    keeps_prior: ClassVar[bool] = False
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """θ and the common φ by L-BFGS."""
@@ -154,49 +181,60 @@ def _fit(
 
     first = torch.zeros(sum(sizes) + n_free * phi_size, dtype=problem.dtype, device=problem.device)
     where = f"{name}.fit"
-    mode = minimise(minus_joint, first, where=where, tier=options.tier)
-    found = minimise(minus_likelihood, mode.point, where=where, tier=options.tier)
+
+    def lowest(objective: Any, start: Tensor) -> Minimum:
+        """Its minimum; a saddle in φ, where a search has no gradient to follow, is left."""
+        found = minimise(objective, start, where=where, tier=options.tier)
+        fixed, free = found.point.split([sum(sizes), n_free * phi_size])
+        if phi_size > _DENSE_LIMIT:
+            return found
+        moved = leave_saddle(
+            lambda p: -n_rows * objective(torch.cat([fixed, p.reshape(-1)])),
+            free.reshape(n_free, phi_size),
+            seed=options.seed,
+        ).reshape(-1)
+        if torch.equal(moved, free):
+            return found
+        start = torch.cat([fixed, moved])
+        again = minimise(objective, start, where=where, tier=options.tier)
+        return again if again.value < found.value else found
+
+    mode = lowest(minus_joint, first)
+    found = lowest(minus_likelihood, mode.point)
     with torch.no_grad():
         theta, phi = unpack(found.point)
-    theta = _reset_untouched(problem, theta, phi, batch, start)
+    theta, untouched = _reset_untouched(problem, theta, phi, batch, start)
     unbounded = _unbounded(problem, theta, phi, batch, ids) if n_free > 1 else []
     moved = (found.point - mode.point).split([*sizes, n_free * phi_size])
     if any(n in scales and float(m.abs().max()) > _FAR for n, m in zip(names, moved, strict=False)):
         unbounded.append("θ")
-    if unbounded:
-        warnings.warn(
-            f"{name}: the likelihood has no maximum for {_some(unbounded)} (as many parameters as "
-            "points, or equal answers), so the estimate is where the search stopped. A strategy "
-            "with a task prior has no such trouble.",
-            stacklevel=4,
-        )
+    _warn_of_unbounded(name, unbounded)
     info = {
         "converged": found.converged,
         "evaluations": mode.evaluations + found.evaluations,
         "unbounded": [str(i) for i in unbounded],
+        "untouched": untouched,
     }
     return theta, phi, info, mode.seconds_staging + found.seconds_staging
 
 
 def _reset_untouched(
     problem: Problem, theta: Theta, phi: Tensor, batch: Batch, start: Theta
-) -> Theta:
-    """θ with what the likelihood is no function of back at its start.
+) -> tuple[Theta, list[str]]:
+    """θ with what the likelihood is no function of back at its start, and the names of that.
 
     The scale of a centered prior fell to zero at the joint mode and says nothing.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
     if not leaves:
-        return theta
+        return theta, []
     with torch.enable_grad():
         total = problem.log_likelihood(leaves, phi, batch).sum()
         if not total.requires_grad:
-            return dict(start)
+            return dict(start), list(leaves)
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {
-        name: start[name] if gradient is None else value
-        for (name, value), gradient in zip(theta.items(), gradients, strict=True)
-    }
+    untouched = [name for name, g in zip(leaves, gradients, strict=True) if g is None]
+    return {name: start[name] if name in untouched else v for name, v in theta.items()}, untouched
 
 
 def _unbounded(
@@ -214,6 +252,16 @@ def _unbounded(
     step = torch.linalg.solve(damped, gradient.unsqueeze(-1)).squeeze(-1)
     rising = (step.abs() > _STILL_MOVING * (1.0 + phi.abs())).any(-1) & (batch.counts > 0)
     return [ids[int(i)] for i in rising.nonzero()]
+
+
+def _warn_of_unbounded(where: str, unbounded: list[Any]) -> None:
+    if unbounded:
+        warnings.warn(
+            f"{where}: the likelihood has no maximum for {_some(unbounded)} (as many parameters as "
+            "points, or equal answers), so the estimate is where the search stopped. A strategy "
+            "with a task prior has no such trouble.",
+            stacklevel=5,
+        )
 
 
 def _some(names: list[Any]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hbmeta.errors import DataError, ProgramError
 
-__all__ = ["INTERCEPT", "linear_predictor", "position", "positions"]
+__all__ = ["INTERCEPT", "expanded", "linear_predictor", "position", "positions"]
 
 INTERCEPT = "intercept"
 """The name of the constant; it needs no column."""
@@ -18,6 +18,18 @@ INTERCEPT = "intercept"
 # Term by term a compiled step of varying intercepts takes 15 µs, through a stacked design matrix
 # 19 µs and through index_select 33 µs; with many columns the number of operations decides.
 _FEW = 8
+
+
+def expanded(names: Sequence[str], features: Sequence[str]) -> tuple[str, ...]:
+    """The names, a categorical column standing for all of its columns of x.
+
+    A data frame's column "arm" with levels a, b, c becomes "arm[b]" and "arm[c]".
+    """
+    out: list[str] = []
+    for name in names:
+        coded = [f for f in features if f.startswith(f"{name}[") and f.endswith("]")]
+        out += coded if coded and name not in features else [name]
+    return tuple(out)
 
 
 def position(name: str, features: Sequence[str], *, where: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Self
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hbmeta.errors import DataError, ProgramError
 from hbmeta.files import JSON
-from hbmeta.models.columns import INTERCEPT, linear_predictor, position, positions
+from hbmeta.models.columns import INTERCEPT, expanded, linear_predictor, position, positions
 from hbmeta.models.effect_priors import FAMILIES, Family, Priors, Scales, scales_of
 from hbmeta.models.hierarchical import HierarchicalModel
 from hbmeta.models.responses import check_response
@@ -50,10 +51,12 @@ class VaryingEffects(HierarchicalModel):
     its columns up anew, so that fits on parts of the data share one prior.
 
     Args:
-        fixed: columns of x whose coefficients all tasks share, and perhaps "intercept".
+        fixed: columns of x whose coefficients all tasks share, and perhaps "intercept". Where it is
+            left out, columns of x that have no part are warned of.
         varying: columns whose coefficients vary between tasks. "intercept" is the constant and
             needs no column. Their means are the population's coefficients, so that no column stands
-            in both lists.
+            in both lists. In both lists a categorical column of a data frame ("arm") stands for all
+            the columns that it was coded as ("arm[b]", "arm[c]").
         family: one of the table.
         offset: name of a column of log exposure, for "poisson".
         totals: name of the column of numbers of trials, for "binomial".
@@ -75,7 +78,7 @@ class VaryingEffects(HierarchicalModel):
 
     def __init__(
         self,
-        fixed: Sequence[str] = (),
+        fixed: Sequence[str] | None = None,
         varying: Sequence[str] = (INTERCEPT,),
         family: Family = "gaussian",
         *,
@@ -85,7 +88,9 @@ class VaryingEffects(HierarchicalModel):
         priors: Priors | Mapping[str, float | None] | None = None,
     ) -> None:
         super().__init__()
-        self.fixed, self.varying = _names(fixed, "fixed"), _names(varying, "varying")
+        # Who left it out may have forgotten columns; who wrote fixed=[] has decided.
+        self._chosen = fixed is not None
+        self.fixed, self.varying = _names(fixed or (), "fixed"), _names(varying, "varying")
         _check_lists(self.fixed, self.varying)
         self.family, self.offset, self.totals = family, offset, totals
         self.degrees_of_freedom = None if degrees_of_freedom is None else float(degrees_of_freedom)
@@ -212,6 +217,12 @@ class VaryingEffects(HierarchicalModel):
                 that the family cannot have; names the column, or the task and the value.
         """
         features = tasks.features
+        fixed, varying = expanded(self.fixed, features), expanded(self.varying, features)
+        if (fixed, varying) != (self.fixed, self.varying):
+            _check_lists(fixed, varying)
+            model = copy.deepcopy(self)
+            model.fixed, model.varying = fixed, varying
+            return model.bind(tasks)
         for name in (*self.fixed, *self.varying, self.offset, self.totals):
             if name not in (INTERCEPT, None):
                 position(name, features, where=f"{_WHERE}.bind")
@@ -227,10 +238,31 @@ class VaryingEffects(HierarchicalModel):
         check_response(tasks, self.family, self.totals, where=f"{_WHERE}.bind")
         scales = self.bound_scales
         if scales is None:
+            self._warn_of_unused(features)
             scales = scales_of(
                 self.priors, tasks, self.family, self.fixed, self.varying, offset=self.offset
             )
         return self._with(features, scales).to(dtype=tasks.dtype, device=tasks.device)
+
+    def _warn_of_unused(self, features: tuple[str, ...]) -> None:
+        """Names columns of x that were probably forgotten.
+
+        All unused ones where `fixed` was left out (but not those that have no name of their own);
+        otherwise levels of a categorical column of which other levels are used, since their rows
+        would count as the reference.
+        """
+        used = {*self.fixed, *self.varying, self.offset, self.totals, INTERCEPT}
+        unused = [f for i, f in enumerate(features) if f not in used and f != f"x{i}"]
+        if self._chosen:
+            coded = {f.partition("[")[0] for f in used if f is not None and f.endswith("]")}
+            unused = [f for f in unused if f.endswith("]") and f.partition("[")[0] in coded]
+        if unused:
+            warnings.warn(
+                f"{_WHERE}: the model does not use the columns {', '.join(map(repr, unused))} of "
+                "x. Add them to fixed or varying; fixed=[] says that columns are left out on "
+                "purpose.",
+                stacklevel=4,
+            )
 
     def bound(self) -> dict[str, JSON] | None:
         """The names of the columns of x and the numbers of all priors, None if not bound."""

@@ -1,6 +1,8 @@
 import json
+import warnings
 
 import numpy as np
+import pandas as pd
 import pyro.poutine as poutine
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hbmeta.errors import DataError, FileError, ProgramError, UnsupportedModelError
 from hbmeta.models import Priors, VaryingEffects, model_from_state
 from hbmeta.problem import Problem
-from hbmeta.tasks import Tasks, load_radon
+from hbmeta.tasks import Tasks, from_frame, load_radon
 
 FAMILIES = ["gaussian", "student_t", "bernoulli", "poisson", "binomial"]
 FEATURES = ["dose", "age", "exposure", "trials"]
@@ -288,7 +290,7 @@ def test_scaled_priors_of_families_with_a_link(family, location):
 
 def test_counts_that_are_all_zero_have_a_finite_prior():
     tasks = Tasks([[[0.0], [1.0]]], [[0.0, 0.0]], features=["dose"])
-    bound = VaryingEffects(family="poisson").bind(tasks)
+    bound = VaryingEffects(fixed=[], family="poisson").bind(tasks)
     assert bound.bound_scales.mean_location == [pytest.approx(np.log(0.25))]
 
 
@@ -510,3 +512,56 @@ def test_entries_of_vectors_are_named_after_their_columns():
     assert names["fixed"] == ["age"]
     sites = problem.sites.globals + problem.sites.locals + problem.sites.deterministic_local
     assert all(site.shape == (len(names[site.name]),) for site in sites if site.shape)
+
+
+# Columns by the names of the data frame
+
+
+def arms() -> Tasks:
+    """Tasks of a data frame with a categorical column of three levels."""
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "clinic": np.repeat(["p", "q", "r"], 6),
+            "arm": list("abcabc") * 3,
+            "age": draw.normal(50, 5, 18),
+            "y": draw.normal(0, 1, 18),
+        }
+    )
+    return from_frame(frame, group="clinic", x=["arm", "age"], y="y").tasks
+
+
+def test_a_categorical_column_stands_for_all_its_levels():
+    tasks = arms()
+    given = VaryingEffects(fixed=["arm", "age"])
+    bound = given.bind(tasks)
+    assert given.fixed == ("arm", "age")
+    assert bound.fixed == ("arm[b]", "arm[c]", "age")
+    long = VaryingEffects(fixed=["arm[b]", "arm[c]", "age"]).bind(tasks)
+    assert bound.bound() == long.bound()
+    assert bound.settings() == long.settings()
+    assert bound.bind(tasks).fixed == bound.fixed
+    assert VaryingEffects(fixed=["age"], varying=["intercept", "arm"]).bind(tasks).varying == (
+        "intercept",
+        "arm[b]",
+        "arm[c]",
+    )
+    with pytest.raises(DataError, match=r"'arm\[b\]' in both"):
+        VaryingEffects(fixed=["arm"], varying=["intercept", "arm[b]"]).bind(tasks)
+    with pytest.raises(DataError, match="needed a column 'arms'"):
+        VaryingEffects(fixed=["arms"]).bind(tasks)
+
+
+def test_forgotten_columns_are_warned_of():
+    tasks = arms()
+    with pytest.warns(UserWarning, match=r"does not use the columns 'arm\[b\]', .*'age' of x"):
+        bound = VaryingEffects().bind(tasks)
+    with pytest.warns(UserWarning, match=r"does not use the columns 'arm\[c\]' of x"):
+        VaryingEffects(fixed=["arm[b]"]).bind(tasks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bound.bind(tasks)
+        VaryingEffects(fixed=["arm"]).bind(tasks)
+        VaryingEffects(fixed=[]).bind(tasks)
+        # Columns without a name of their own.
+        VaryingEffects().bind(Tasks(tasks.x, tasks.y))
