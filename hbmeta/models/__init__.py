@@ -6,21 +6,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from hbmeta.errors import FileError, UnsupportedModelError
+from hbmeta.models.class_conditional import ClassConditional
+from hbmeta.models.gaussian_process import GaussianProcess
 from hbmeta.models.hierarchical import HierarchicalModel
+from hbmeta.models.latent_process import LatentProcess
 from hbmeta.models.linear_regression import LinearRegression
+from hbmeta.models.neural import NeuralClassifier, NeuralRegression
 from hbmeta.models.varying_effects import Priors, VaryingEffects
 
 __all__ = [
     "READY_MADE",
+    "ClassConditional",
+    "GaussianProcess",
     "HierarchicalModel",
+    "LatentProcess",
     "LinearRegression",
+    "NeuralClassifier",
+    "NeuralRegression",
     "Priors",
     "VaryingEffects",
     "model_from_state",
 ]
 
 READY_MADE: dict[str, type[HierarchicalModel]] = {
+    "ClassConditional": ClassConditional,
+    "GaussianProcess": GaussianProcess,
+    "LatentProcess": LatentProcess,
     "LinearRegression": LinearRegression,
+    "NeuralClassifier": NeuralClassifier,
+    "NeuralRegression": NeuralRegression,
     "VaryingEffects": VaryingEffects,
 }
 """The models that a saved file can name."""

@@ -43,17 +43,17 @@ class GaussianProcess(HierarchicalModel):
     """Gaussian-process regression with hyperparameters of its own in every task.
 
     A hyperparameter is a number (known), a pair (low, high) (φ, uniform between them in every task)
-    or "learned": φ with log φ_i ~ N(location, spread²), location ~ N(0, 1) and spread ~ HalfNormal(1)
-    at level 1, which suits inputs and outputs of unit scale. With all of them known φ is empty, and
-    `ExactGP` alone applies. x is used with all its columns.
+    or "learned": φ with log φ_i ~ N(location, spread²), location ~ N(0, 1) and spread ~
+    HalfNormal(1) at level 1, which suits inputs and outputs of unit scale. With all of them known
+    φ is empty, and `ExactGP` alone applies. x is used with all its columns.
 
     Points of a task depend on each other given φ, so the program is of the joint layout: it takes
     the mask of the points and decouples those outside, K ∘ m mᵀ + diag((1 − m) / 2π).
 
     Args:
-        kernel: "rbf", "matern12", "matern32", "matern52", "periodic", or any kernel of gpytorch whose
-            value is at most a sum, a product or a scaling of such ones. (gpytorch's periodic kernel is
-            exp(−2 sin²(π d / p) / ℓ), with ℓ where others write ℓ².)
+        kernel: "rbf", "matern12", "matern32", "matern52", "periodic", or any kernel of gpytorch or
+            sum, product or scaling of such ones, without its priors and bounds. (gpytorch's
+            periodic kernel is exp(−2 sin²(π d / p) / ℓ), with ℓ where others write ℓ².)
         lengthscale: ℓ, in units of x.
         scale: s, standard deviation of the function, in units of y.
         noise: σ, standard deviation of y around it, in units of y.
@@ -64,7 +64,7 @@ class GaussianProcess(HierarchicalModel):
     Raises:
         DataError: an unknown kernel or name, numbers that are not positive.
     References:
-        Rasmussen, Williams (2006), Gaussian Processes for Machine Learning, §2.2; kernels: gpytorch.
+        Rasmussen, Williams (2006), Gaussian Processes for Machine Learning, §2.2.
     Example:
         >>> import torch
         >>> model = GaussianProcess("rbf", lengthscale=(0.2, 1.0), scale=1.0, noise=0.1)
@@ -97,9 +97,8 @@ class GaussianProcess(HierarchicalModel):
         self.mean = float(mean)
         self._kernel = _Dense(_NAMED[kernel]() if isinstance(kernel, str) else kernel)
         given = dict(hyperparameters or {})
-        for name, value in (("lengthscale", lengthscale), ("period_length", period)):
-            if value is not None:
-                given[name] = value
+        named = {"lengthscale": lengthscale, "period_length": period}
+        given |= {name: value for name, value in named.items() if value is not None}
         unknown = [name for name in given if name not in self._kernel.shapes]
         if unknown:
             raise DataError(
