@@ -19,8 +19,11 @@ from hbmeta import __version__
 from hbmeta.comparison import Comparison, compare
 from hbmeta.errors import DataError, FileError, HbmetaError
 from hbmeta.models import VaryingEffects
+from hbmeta.models.columns import expanded
 from hbmeta.models.effect_priors import FAMILIES
 from hbmeta.records import strict
+from hbmeta.studies import STUDIES
+from hbmeta.studies import write as write_study
 from hbmeta.study import STRATEGIES, Choice, Estimates, estimates, fit_all, level_one, write
 from hbmeta.tasks import TaskSet, from_frame, load_radon
 
@@ -28,6 +31,7 @@ __all__ = ["main"]
 
 _EXAMPLES = """examples:
   hbmeta compare radon --out results/radon
+  hbmeta compare sinusoid --quick
   hbmeta compare schools.csv --group school --x age,sex --y score --varying intercept,age --json
 """
 _INTERCEPT = "intercept"
@@ -47,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         with _plain_warnings(), _one_thread():
-            _compare(arguments)
+            _can_write(arguments.out)
+            if arguments.data in STUDIES:
+                _study(arguments)
+            else:
+                _compare(arguments)
     except HbmetaError as error:
         print(f"hbmeta: {error}", file=sys.stderr)
         return 2
@@ -77,7 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = _names
-    command.add_argument("data", metavar="radon|FILE.csv", help="the radon data, or a table")
+    sources = "|".join(["radon", *STUDIES, "FILE.csv"])
+    command.add_argument(
+        "data",
+        metavar=sources,
+        help=f"the radon data, a table, or a study of tasks whose truth is known "
+        f"({', '.join(STUDIES)}; it takes the options of run alone, without --strategies)",
+    )
     table = command.add_argument_group("columns of the table")
     table.add_argument("--group", metavar="COL", help="labels of the groups")
     table.add_argument("--x", metavar="COL,...", type=names, default=[], help="inputs, if any")
@@ -134,13 +148,36 @@ def _names(text: str) -> list[str]:
 
 
 def _amount(text: str) -> float | int:
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
+    with contextlib.suppress(ValueError):
         return float(text)
+    raise argparse.ArgumentTypeError(
+        f"needed a share such as 0.8 or a whole number such as 20; found {text!r}"
+    )
 
 
 # The command
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    """A study has its own data, models and strategies; what would change them is refused."""
+    defaults = vars(_parser().parse_args(["compare", arguments.data]))
+    free = {"seed", "quick", "out", "json", "compile"}
+    given = [k for k, v in vars(arguments).items() if k not in free and v != defaults[k]]
+    if given:
+        raise DataError(
+            arguments.data,
+            needed="no options for columns, model, split or strategies, which are part of it",
+            found=", ".join(f"--{name.replace('_', '-')}" for name in given),
+            do="Leave them out, or name a CSV file.",
+        )
+    outcome = STUDIES[arguments.data](
+        seed=arguments.seed, quick=arguments.quick, say=_say, compile=arguments.compile
+    )
+    print(outcome.to_json() if arguments.json else outcome)
+    if arguments.out is not None:
+        write_study(arguments.out, outcome)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -152,6 +189,13 @@ def _compare(arguments: argparse.Namespace) -> None:
         new_support=arguments.new_support,
         seed=arguments.seed,
     )
+    if not known.support.n_points:
+        raise DataError(
+            "--support",
+            needed="rows of known groups to fit on",
+            found=f"--support {arguments.support}, which leaves none",
+            do="Pass for example 0.8, or a number of rows per group.",
+        )
     # Both must hold something to judge by, before minutes are spent on fits.
     _ = known.episode, new.episode
     fits = fit_all(choices, model, known, seed=arguments.seed, compile=arguments.compile, say=_say)
@@ -172,6 +216,24 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(_report(data, known, new, tables, found))
     if arguments.out is not None:
         write(arguments.out, fits, tables, f"{model.varying[0]}, by {labels['group'][0]}")
+
+
+def _can_write(folder: Path | None) -> None:
+    """Makes the folder and writes a file into it, before minutes are spent on fits."""
+    if folder is None:
+        return
+    probe = folder / ".hbmeta"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FileError(
+            "--out",
+            needed="a folder to write to",
+            found=str(error),
+            do="Name another folder, or check its permissions.",
+        ) from error
 
 
 def _choices(arguments: argparse.Namespace) -> dict[str, Choice]:
@@ -232,10 +294,11 @@ def _table(arguments: argparse.Namespace) -> Source:
         standardise=standardise,
         missing=arguments.missing,
     )
-    taken = {*arguments.varying, *special}
+    varying = list(expanded(arguments.varying, data.features))
+    taken = {*varying, *special}
     model = VaryingEffects(
         fixed=[name for name in (_INTERCEPT, *data.features) if name not in taken],
-        varying=arguments.varying,
+        varying=varying,
         family=arguments.family,
         offset=arguments.offset,
         totals=arguments.totals,

@@ -47,7 +47,8 @@ __all__ = [
 def no_joint(y: Tensor) -> Tensor:
     """Refuses: labels of several points depend on each other through φ and through all their z.
 
-    p(y_Q | z_Q, S) would need the sum over every labelling of the points, p(z_Q | S).
+    In closed form p(y_Q | z_Q, S) needs the sum over every labelling of the points; of draws of φ
+    hardly one would carry all the weight that the z of a whole task give.
     """
     raise UnsupportedModelError(
         "Predictive.log_prob",

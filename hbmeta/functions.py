@@ -56,8 +56,8 @@ def check_mask(problem: Problem, tasks: Tasks) -> None:
         raise ProgramError(
             problem.name,
             needed="a log likelihood that does not depend on points with mask False",
-            found=f"log likelihoods {', '.join(f'{float(v):.6g}' for v in values)} of the same data "
-            "beside a masked point",
+            found=f"log likelihoods {', '.join(f'{float(v):.6g}' for v in values)} of the same "
+            "data beside a masked point",
             do="Decouple masked points: K ∘ m mᵀ + diag((1 − m) / 2π), and y equal to the mean "
             "there, add nothing to the log density of a MultivariateNormal.",
         )

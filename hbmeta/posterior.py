@@ -162,6 +162,8 @@ class TaskPosterior:
             # All weighted draws take part: of n thinned ones few may carry any weight.
             wanted = density.phi.shape[0]
         values, weights = self.values(wanted, seed)
+        if not values:  # an empty φ: a Gaussian process whose hyperparameters are all known
+            return values
         stored = next(iter(values.values())).shape[0]
         if stored == n and weights is None:
             return values

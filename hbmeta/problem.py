@@ -213,11 +213,14 @@ class Problem:
         if self.layout == "joint":
             both = self.log_likelihood(theta, phi, support.beside(query))
             return both - self.log_likelihood(theta, phi, support)
-        found = self.log_likelihood(theta, phi, query)
         if self.classes is None:
-            return found
-        rest = class_cells(self, theta, self._sites_of(phi), query).logsumexp(-1)
-        return found - query.per_task(torch.where(query.mask, rest, torch.zeros_like(rest)))
+            return self.log_likelihood(theta, phi, query)
+        assert query.y is not None
+        # Normalised cell by cell: the difference of two sums over cells would lose digits.
+        cells = class_cells(self, theta, self._sites_of(phi), query).log_softmax(-1)
+        chosen = query.y.unsqueeze(-1) == torch.arange(self.classes, device=cells.device)
+        total = torch.where(chosen & query.mask.unsqueeze(-1), cells, torch.zeros_like(cells))
+        return query.per_task(total.sum(-1))
 
     @functools.cached_property
     def moving_observation(self) -> str | None:

@@ -214,10 +214,13 @@ class Staged:
         results = zip(pytree.tree_leaves(self.function(*args)), staged, strict=True)
         pairs = [(w, f) for w, f in results if isinstance(w, Tensor) and w.is_floating_point()]
         largest = max((float(wanted.detach().abs().max()) for wanted, _ in pairs), default=0.0)
-        for wanted, found in pairs:
+        for number, (wanted, found) in enumerate(pairs):
             rtol = self.rtol or (1e-9 if wanted.dtype == torch.float64 else 1e-4)
-            # A gradient that vanishes at an optimum is the rounding of terms as large as the loss.
-            rounding = _ROUNDINGS * torch.finfo(wanted.dtype).eps * largest
+            # A gradient that vanishes at an optimum is the rounding of terms as large as the loss,
+            # and of terms as large as that gradient was when it did not vanish.
+            plan.largest[number] = max(plan.largest.get(number, 0.0), float(wanted.abs().max()))
+            rounding = _ROUNDINGS * torch.finfo(wanted.dtype).eps
+            rounding *= max(largest, plan.largest[number])
             scale = wanted.detach().abs().max().clamp_min(max(rounding / rtol, 1e-12))
             difference = ((wanted - found).abs().max() / scale).item()
             if not difference <= rtol and bool(torch.isfinite(wanted).all()):
@@ -239,6 +242,7 @@ class _Plan:
         self.run: Callable[..., Any] | None = None
         self.structure: Any = None
         self.eager_calls, self.eager_seconds = 0, 0.0
+        self.largest: dict[int, float] = {}
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -1,9 +1,10 @@
 """The one meta-training loop: a staged value and gradient, Adam, history, resume.
 
-Minimises mean_i loss_i − log p(θ) / T over θ and the strategy's own parameters, T the number of
-tasks. Global sites move in units of their prior's scale, so that one learning rate serves an
-intercept of 250 and a slope of 0.1. A θ that the data's loss does not touch is named in a warning
-and stays where it is: its prior alone would pull it to a mode that means nothing.
+Minimises mean_i loss_i − log p(θ) / T over θ and the strategy's own parameters, the mean over the
+tasks that can have a query row, of which there are T. Global sites move in units of their prior's
+scale, so that one learning rate serves an intercept of 250 and a slope of 0.1. A θ that the data's
+loss does not touch is named in a warning and stays where it is: its prior alone would pull it to a
+mode that means nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 from hbmeta.curvature import gradient_and_hessian
 from hbmeta.densities import Delta, Empirical, Gaussian
+from hbmeta.drift import FAR, left_to_go
 from hbmeta.errors import ConvergenceError, FileError
 from hbmeta.feeding import Feed, training_tasks
 from hbmeta.files import read_tensors, write_tensors
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["Learned", "Options", "prior_scales", "show_progress", "train"]
 
 _CHECKPOINT_EVERY = 500
+# Nats that a loss may rise by, and that no data come near, before it is warned of.
+_FAR_ABOVE = 100.0
+_HUGE = 1e9
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         problem.device,
         problem.dtype,
     )
-    n_tasks = feed.n_tasks or options.steps * (options.tasks_per_step or 25)
+    n_tasks = feed.n_contributing or options.steps * (options.tasks_per_step or 25)
     start = problem.theta(whole)
     scales = prior_scales(problem, start, whole)
     own_start = {} if own is None else {k: v.detach().clone() for k, v in own.named_parameters()}
@@ -210,6 +215,9 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     )
     losses = torch.zeros(options.steps, dtype=torch.float64)
     losses[:first] = torch.tensor(history, dtype=torch.float64)
+    # Global sites in units of their prior's scale; NaN before a resumed step, which says nothing.
+    path = whole.x.new_full((options.steps, sum(v.numel() for v in scaled.values())), torch.nan)
+    clock = torch.ones(options.steps, dtype=torch.float64)
     for number in range(first, options.steps):
         support, query = feed.step(number)
         loss, gradients = staged(free, support, query, draw_noise())
@@ -218,9 +226,12 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
             value.grad = gradient
         if options.decay:
             factor = 0.5 * (1 + math.cos(math.pi * number / options.steps))
+            clock[number] = factor
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         optimizer.step()
+        if scaled:
+            path[number] = torch.cat([value.detach().flatten() for value in scaled.values()])
         if number % 50 == 49 or number == options.steps - 1:
             _check(strategy, losses, number)
             bar.update(number + 1 - bar.n)
@@ -230,6 +241,8 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         if options.checkpoint is not None and (number + 1) % _CHECKPOINT_EVERY == 0:
             _save(options, identity, free, optimizer, losses[: number + 1], noise_generator)
     bar.close()
+    _warn_of_divergence(strategy, losses)
+    moving = _still_moving(strategy, scaled, path, clock)
     theta, _ = unpack(free)
     if own is not None:
         own.load_state_dict(
@@ -239,7 +252,7 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         theta=theta,
         own=own,
         history=losses.tolist(),
-        info={"untouched": _names(untouched), "tier": staged.tier},
+        info={"untouched": _names(untouched), "still_moving": moving, "tier": staged.tier},
         seconds_staging=staged.seconds_staging,
     )
 
@@ -271,6 +284,40 @@ def _check(strategy: Strategy, losses: Tensor, number: int) -> None:
             found=f"{losses[step].item()} at step {step}",
             do="Lower step_size or the learning rates, or standardise x and y.",
         )
+
+
+def _warn_of_divergence(strategy: Strategy, losses: Tensor) -> None:
+    """Warns where a loss that stayed finite says that training went wrong.
+
+    Losses are nats per point or per task, so that medians of the first and the last tenth are
+    compared by their difference; far beyond any data is a loss of 1e9.
+    """
+    few = max(len(losses) // 10, 1)
+    first, last = float(losses[:few].median()), float(losses[-few:].median())
+    if last > _HUGE or last > first + max(_FAR_ABOVE, 10 * abs(first)):
+        warnings.warn(
+            f"{strategy.name}: the loss began at {first:.3g} and ended at {last:.3g}, so training "
+            "has diverged. Lower step_size or the learning rates, or standardise x and y.",
+            stacklevel=5,
+        )
+
+
+def _still_moving(
+    strategy: Strategy, scaled: Mapping[str, Tensor], path: Tensor, clock: Tensor
+) -> list[str]:
+    """Global sites with more than a prior scale left to go at the end of training; warns of them.
+
+    False-alarm rate below 1e-4 per coordinate for noise around a fixed point; see `hbmeta.drift`.
+    """
+    far = (left_to_go(path, clock).abs() > FAR).split([v.numel() for v in scaled.values()])
+    names = [name for name, mask in zip(scaled, far, strict=True) if bool(mask.any())]
+    if names:
+        warnings.warn(
+            f"{strategy.name}: theta was still moving ({', '.join(_names(names))}) when training "
+            "ended: raise steps.",
+            stacklevel=5,
+        )
+    return _names(names)
 
 
 def _identity(

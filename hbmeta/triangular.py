@@ -50,9 +50,17 @@ def solve_lower(lower: Tensor, right: Tensor) -> Tensor:
 
 def covariance_factor(precision: Tensor) -> Tensor:
     """Lower-triangular L with L Lᵀ = precision⁻¹."""
-    factor = cholesky(precision)
     size = precision.shape[-1]
     identity = torch.eye(size, dtype=precision.dtype, device=precision.device)
+    if size > _WRITTEN_OUT:
+        # Rows and columns in reverse: precision = U Uᵀ with U upper triangular, so that
+        # precision⁻¹ = U⁻ᵀ U⁻¹ and L = U⁻ᵀ: one factor and one solve.
+        upper = cholesky(precision.flip(-1, -2)).flip(-1, -2)
+        solved: Tensor = torch.linalg.solve_triangular(
+            upper, identity.expand(upper.shape), upper=True
+        )
+        return solved.mT
+    factor = cholesky(precision)
     columns = [solve_lower(factor, identity[j].expand(precision.shape[:-1])) for j in range(size)]
     # F⁻¹ has these columns; precision⁻¹ = F⁻ᵀ F⁻¹, and one more factor makes its root triangular.
     inverse = torch.stack(columns, -1)

@@ -299,6 +299,29 @@ def _curves() -> Tasks:
     return _ragged((6, 6, 6, 6, 6), draw_y, seed=8)
 
 
+def _functions(seed, *, noise=0.15) -> Tasks:
+    def draw_y(x, task, rng):
+        y = np.empty(len(task))
+        for i in range(5):
+            at = x[task == i, 0]
+            k = reference.kernel_matrix("rbf", at, at, lengthscale=0.8)
+            y[task == i] = rng.multivariate_normal(
+                np.zeros(len(at)), k + noise**2 * np.eye(len(at))
+            )
+        return y
+
+    return _ragged((6, 9, 7, 8, 7), draw_y, seed=seed)
+
+
+def _clusters() -> Tasks:
+    rng = np.random.default_rng(13)
+    labels = np.concatenate([rng.permutation(np.arange(n) % 3) for n in (6, 7, 9, 6)])
+    task = np.repeat(np.arange(4), (6, 7, 9, 6))
+    x = rng.normal(0, 1.5, (4, 3, 2))[task, labels] + 0.8 * rng.standard_normal((28, 2))
+    ids = [f"t{i}" for i in range(4)]
+    return Tasks.from_flat(x, labels, task, 4, ids=ids, features=("x0", "x1"))
+
+
 _MAKERS: dict[str, Callable[[], Case]] = {
     "linear_given_theta": lambda: _linear_case(
         "linear_given_theta",
@@ -367,6 +390,25 @@ _MAKERS: dict[str, Callable[[], Case]] = {
         "a `PyroModule` whose θ is parameters without a prior",
         SharedCurve(),
         _curves(),
+    ),
+    "gaussian_process": lambda: Case(
+        "gaussian_process",
+        "functions with a lengthscale of their own (`GaussianProcess`)",
+        models.GaussianProcess("rbf", lengthscale=(0.1, 4.0), scale=1.0, noise=0.15),
+        _functions(12),
+        gaussian_prior=False,
+    ),
+    "gaussian_process_learned": lambda: Case(
+        "gaussian_process_learned",
+        "the same, its distribution over tasks learned",
+        models.GaussianProcess("matern32", scale=1.0, noise=0.15),
+        _functions(12),
+    ),
+    "class_conditional": lambda: Case(
+        "class_conditional",
+        "Gaussian classes around means of each task (`ClassConditional`)",
+        models.ClassConditional(None, 3, prior_scale=1.5),
+        _clusters(),
     ),
 }
 

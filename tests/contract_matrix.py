@@ -11,7 +11,10 @@ from pathlib import Path
 from tests.cases import NAMES, case
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
-STRATEGIES = ("NUTS", "ExactLinear", "AmortizedGuide", "MAML", "NoPooling", "CompletePooling")
+STRATEGIES = (
+    *("NUTS", "ExactLinear", "AmortizedGuide", "MAML", "NoPooling", "CompletePooling"),
+    *("ExactGP", "Quadrature", "ProtoNet"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,22 @@ NO_PRIOR = Refuses(
     "a prior for every level-1 parameter",
     "module parameter 'weight' without one",
 )
+POINTS_APART = Refuses(
+    "UnsupportedModelError",
+    "a program of the joint layout (keyword `mask`), such as models.GaussianProcess",
+    "layout, whose points are independent given φ",
+)
+NO_EMBEDDING = Refuses(
+    "UnsupportedModelError",
+    "a joint model of label and embedding (models.ClassConditional): two observed sites per point, "
+    "one of them the label y",
+    "observed sites ['y']",
+)
+MANY_FOR_A_GRID = Refuses(
+    "UnsupportedModelError", "at most 3 parameters per task (the grid is a product)", "6"
+)
+# ExactGP, Quadrature and ProtoNet on a regression with up to three parameters per task.
+PLAIN = (POINTS_APART, Works(), NO_EMBEDDING)
 AT_ZERO = Works("ExactLinear: the estimate of tau is zero")
 
 
@@ -58,18 +77,26 @@ def _stays(site: str) -> Works:
 
 # Strategies in the order of STRATEGIES.
 MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
-    "linear_given_theta": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "linear_own_nested": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "linear_own_flat": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "varying_intercepts": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "ragged_one_row": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS),
-    "two_coefficients": (WORKS, WORKS, WORKS, _stays("scale"), WORKS, WORKS),
-    "eight_schools": (WORKS, AT_ZERO, WORKS, ONE_ROW, WORKS, WORKS),
-    "eight_schools_centered": (WORKS, AT_ZERO, WORKS, ONE_ROW, WORKS, WORKS),
-    "bernoulli": (WORKS, _not_quadratic("Bernoulli, Normal"), WORKS, WORKS, WORKS, WORKS),
-    "poisson_offset": (WORKS, _not_quadratic("Normal, Poisson"), WORKS, WORKS, WORKS, WORKS),
-    "student_t": (WORKS, _not_quadratic("Normal, StudentT"), WORKS, WORKS, WORKS, WORKS),
-    "gamma_poisson": (WORKS, _not_quadratic("Gamma, Poisson"), WORKS, WORKS, WORKS, WORKS),
+    "linear_given_theta": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "linear_own_nested": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "linear_own_flat": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "varying_intercepts": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "ragged_one_row": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "two_coefficients": (WORKS, WORKS, WORKS, _stays("scale"), WORKS, WORKS, *PLAIN),
+    "eight_schools": (WORKS, AT_ZERO, WORKS, ONE_ROW, WORKS, WORKS, *PLAIN),
+    "eight_schools_centered": (WORKS, AT_ZERO, WORKS, ONE_ROW, WORKS, WORKS, *PLAIN),
+    "bernoulli": (WORKS, _not_quadratic("Bernoulli, Normal"), WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "poisson_offset": (
+        WORKS,
+        _not_quadratic("Normal, Poisson"),
+        WORKS,
+        WORKS,
+        WORKS,
+        WORKS,
+        *PLAIN,
+    ),
+    "student_t": (WORKS, _not_quadratic("Normal, StudentT"), WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "gamma_poisson": (WORKS, _not_quadratic("Gamma, Poisson"), WORKS, WORKS, WORKS, WORKS, *PLAIN),
     "lognormal_poisson": (
         WORKS,
         _not_quadratic("LogNormal, Poisson"),
@@ -77,8 +104,20 @@ MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
         _stays("spread"),
         WORKS,
         WORKS,
+        *PLAIN,
     ),
-    "module_parameters": (NO_PRIOR, WORKS, WORKS, WORKS, WORKS, WORKS),
+    "module_parameters": (NO_PRIOR, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "gaussian_process": (
+        *(WORKS, _not_quadratic("MultivariateNormal, Uniform"), WORKS, WORKS, WORKS, WORKS),
+        *(WORKS, WORKS, NO_EMBEDDING),
+    ),
+    "gaussian_process_learned": (
+        *(WORKS, _not_quadratic("LogNormal, MultivariateNormal"), WORKS),
+        *(_stays("lengthscale_spread"), WORKS, WORKS, WORKS, WORKS, NO_EMBEDDING),
+    ),
+    "class_conditional": (
+        *(WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, POINTS_APART, MANY_FOR_A_GRID, WORKS),
+    ),
 }
 
 

@@ -158,6 +158,7 @@ def test_quick_runs_a_fifth(table, capsys, monkeypatch):
         (["compare", "radon", "--strategies", "nutz"], "names among nuts, amortized"),
         (["compare", "radon", "--strategies", ","], "found none"),
         (["compare", "radon", "--x", "floor"], "found --x"),
+        (["compare", "radon", "--support", "0"], "--support: needed rows"),
         (["compare", "radon", "--family", "poisson"], "--family"),
         (["compare", "nowhere.csv", "--group", "g", "--y", "y"], "No such file"),
         (["compare", "FILE", "--y", "score"], "--group: needed a column"),
@@ -191,11 +192,21 @@ def test_unreadable_tables(tmp_path, capsys, content):
     assert cli.main(["compare", str(tmp_path), "--group", "a", "--y", "b"]) == 2
 
 
-def test_a_folder_that_cannot_be_written(table, tmp_path, capsys):
+def test_a_categorical_column_can_vary(table, capsys):
+    arguments = [*columns(table), "--varying", "intercept,sex"]
+    assert cli.main([*arguments, "--strategies", "complete_pooling", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["level_one"]["complete_pooling"]) == {"fixed[age]", "noise"}
+
+
+def test_a_folder_that_cannot_be_written(table, tmp_path, capsys, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     arguments = [*columns(table), "--strategies", "complete_pooling", "--out", str(blocked)]
-    assert cli.main(arguments) == 2
+    with monkeypatch.context() as patch:
+        # It is said before anything is fitted.
+        patch.setattr(cli, "fit_all", lambda *_, **__: pytest.fail("fitted"))
+        assert cli.main(arguments) == 2
     assert "folder" in capsys.readouterr().err
 
 
@@ -209,6 +220,10 @@ def test_help_version_and_usage(capsys):
     assert cli.main([]) == 2
     assert cli.main(["compare", "radon", "--seed", "x"]) == 2
     assert "usage" in capsys.readouterr().err
+    assert cli.main(["compare", "radon", "--groups", "abc"]) == 2
+    assert (
+        "a share such as 0.8 or a whole number such as 20; found 'abc'" in capsys.readouterr().err
+    )
 
 
 def test_progress_on_a_terminal_only(table, capsys, monkeypatch):

@@ -24,7 +24,7 @@ REFUSING = contract_matrix.pairs(Refuses)
 MEASURED = ("linear_own_nested", "linear_own_flat", "eight_schools", "gamma_poisson")
 
 # Strategies that do not train by steps.
-CLOSED = ("ExactLinear", "NoPooling", "CompletePooling")
+CLOSED = ("ExactLinear", "NoPooling", "CompletePooling", "ExactGP", "Quadrature")
 
 each_working_pair = pytest.mark.parametrize(("strategy", "name"), WORKING)
 
@@ -41,6 +41,10 @@ def strategy_of(strategy, name, *, small):
         return inference.MAML(steps=3, step_size=0.05), {"steps": 2 if small else 20}
     if strategy == "AmortizedGuide":
         return inference.AmortizedGuide(hidden=16), {"steps": 2 if small else 20}
+    if strategy == "Quadrature":
+        return inference.Quadrature(nodes=100), {}
+    if strategy == "ProtoNet":
+        return inference.ProtoNet(plug_in=False), {"steps": 2 if small else 20}
     return getattr(inference, strategy)(), {}
 
 
@@ -81,6 +85,12 @@ def tensors_of(posterior):
 def without_task(tasks: Tasks, *empty: int) -> Tasks:
     """The tasks with the rows of some of them taken away."""
     return tasks.keep(~torch.isin(tasks.task, torch.tensor(empty)))
+
+
+def centre(predictive):
+    """The mean of y, or the probabilities of the classes."""
+    numbers = predictive.tasks.flat_y.is_floating_point()
+    return predictive.mean if numbers else predictive.probabilities
 
 
 # The matrix
@@ -136,7 +146,7 @@ def test_same_seed_gives_the_same_bits_and_leaves_no_trace(strategy, name, untou
                 fit(strategy, name, small=True)[0],
             ):
                 posterior = adapt(fitted, case(name).tasks)
-                mean = posterior.predict(case(name).tasks, draws=10).mean
+                mean = centre(posterior.predict(case(name).tasks, draws=10))
                 runs.append({**fitted.theta, **tensors_of(posterior), "mean of y": mean})
     first, second = runs
     assert first.keys() == second.keys()
@@ -170,13 +180,19 @@ def test_adapting_leaves_theta_and_predictions_are_finite(strategy, name):
     own = {} if fitted.own is None else {k: v.clone() for k, v in fitted.own.state_dict().items()}
     posterior = adapt(fitted, tasks)
     predictive = posterior.predict(tasks, draws=50)
-    assert predictive.mean.shape == predictive.variance.shape == tasks.y.shape
-    assert bool(torch.isfinite(predictive.mean).all())
-    assert bool((predictive.variance >= 0).all())
+    assert centre(predictive).shape[:2] == tasks.y.shape
+    assert bool(torch.isfinite(centre(predictive)).all())
+    if tasks.y.is_floating_point():
+        assert predictive.mean.shape == predictive.variance.shape == tasks.y.shape
+        assert bool((predictive.variance >= 0).all())
     assert bool(torch.isfinite(predictive.log_prob(tasks.y)).all())
-    joint = predictive.log_prob(tasks.y, joint=True)
-    assert joint.shape == (tasks.n_tasks,)
-    assert bool(torch.isfinite(joint).all())
+    if not tasks.y.is_floating_point() and not isinstance(posterior.density, Delta):
+        with pytest.raises(errors.UnsupportedModelError, match="joint probability of the labels"):
+            predictive.log_prob(tasks.y, joint=True)
+    else:
+        joint = predictive.log_prob(tasks.y, joint=True)
+        assert joint.shape == (tasks.n_tasks,)
+        assert bool(torch.isfinite(joint).all())
     draws = posterior.sample(7, seed=1)
     sites = fitted.problem.sites
     assert set(draws) == {s.name for s in (*sites.locals, *sites.deterministic_local)}
@@ -205,7 +221,7 @@ def test_empty_support(strategy, name):
     for posterior in (one_empty, all_empty):
         _check_prior(strategy, name, fitted, posterior)
     predictive = one_empty.predict(tasks, draws=50)
-    assert bool(torch.isfinite(predictive.mean).all())
+    assert bool(torch.isfinite(centre(predictive)).all())
     assert (
         all_empty.predict(without_task(tasks, *range(tasks.n_tasks)), draws=5).tasks.n_points == 0
     )
@@ -217,6 +233,9 @@ def _check_prior(strategy, name, fitted, posterior):
     batch = problem.batch(case(name).tasks)
     if strategy == "CompletePooling":
         torch.testing.assert_close(density.loc[0], fitted.info["phi"].reshape(-1), rtol=0, atol=0)
+        return
+    if strategy in ("ExactGP", "Quadrature"):
+        _check_nodes_of_prior(name, fitted, posterior)
         return
     if isinstance(density, Empirical):
         _check_draws_of_prior(name, fitted, posterior)
@@ -232,6 +251,16 @@ def _check_prior(strategy, name, fitted, posterior):
             phi = density.loc + density.sd * noise
             prior = problem.log_task_prior(fitted.theta, phi, batch)[0]
             torch.testing.assert_close(density.log_prob(phi)[0], prior, rtol=1e-8, atol=1e-8)
+
+
+def _check_nodes_of_prior(name, fitted, posterior):
+    """Nodes of the prior: they integrate to 1, and are where it is."""
+    density = posterior.density
+    assert float(posterior.info["log_evidence"][0]) == pytest.approx(0.0, abs=1e-5)
+    if case(name).gaussian_prior:
+        batch = fitted.problem.batch(case(name).tasks)
+        location = fitted.problem.location(fitted.theta, batch)[0]
+        assert bool(((density.mean[0] - location).abs() < 1e-5 * density.sd[0]).all())
 
 
 def _check_draws_of_prior(name, fitted, posterior):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import hbmeta as hb
-from hbmeta import cli, errors, models, tasks
+from hbmeta import cli, errors, models, panels, tasks
+from hbmeta.classification import brier
 from hbmeta.errors import (
     ConvergenceError,
     CurvatureError,
@@ -25,8 +26,18 @@ from hbmeta.errors import (
     UnsupportedModelError,
 )
 from hbmeta.files import read_tensors, write_tensors
-from hbmeta.inference import MAML, NUTS, AmortizedGuide, ExactLinear
+from hbmeta.inference import (
+    MAML,
+    NUTS,
+    AmortizedGuide,
+    ExactGP,
+    ExactLinear,
+    NoPooling,
+    ProtoNet,
+    Quadrature,
+)
 from hbmeta.loading import strategy_from_settings
+from hbmeta.oracles import bayes_sinusoid, known_kernel
 from tests import cases, fits
 
 # Data
@@ -179,6 +190,34 @@ def no_query():
     return hb.compare({"maml": fits.fitted("MAML")}, hb.Episode(known, nothing))
 
 
+def with_a_mask_ignored(x, y=None, *, mask=None):
+    with pyro.plate("task", x.shape[0], dim=-1):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        law = dist.Normal(phi[:, None] + x[..., 0], 1.0)
+        law = dist.MultivariateNormal(law.loc, torch.eye(x.shape[1]))
+        pyro.sample("y", law, obs=y)
+
+
+def apart() -> tasks.Tasks:
+    """Two tasks of three points that are not where the others are."""
+    return tasks.Tasks([[[0.0], [1.0], [2.0]]] * 2, [[0.0, 1.0, 0.0]] * 2, ids=["a", "b"])
+
+
+def classes() -> models.ClassConditional:
+    return models.ClassConditional(None, 3)
+
+
+def labelled() -> tasks.Tasks:
+    """Two tasks with each of three classes once, in the plane."""
+    x = np.stack([np.eye(3, 2)] * 2)
+    return tasks.Tasks(x, torch.tensor([[0, 1, 2]] * 2), ids=["a", "b"])
+
+
+def one_class() -> tasks.Tasks:
+    """A task with one point of the first class."""
+    return tasks.Tasks(np.eye(3, 2)[None, :1], torch.tensor([[0]]), ids=["a"])
+
+
 def kind(id, found, call, names="", error=DataError):
     """A kind of bad input.
 
@@ -193,6 +232,7 @@ def kind(id, found, call, names="", error=DataError):
 
 FILE = "fit.hbmeta"
 BOUNDED = "0 and 1"
+WAVES, PROCESSES = tasks.Sinusoids(noise=0.1, shots=2), tasks.GaussianProcessTasks()
 
 DATA = [
     kind(
@@ -268,10 +308,58 @@ DATA = [
         "covariance",
     ),
     kind(
+        "a range of a family whose ends are the wrong way round",
+        "(5.0, 0.1)",
+        lambda _: tasks.Sinusoids(amplitude=(5.0, 0.1)),
+        "amplitude",
+    ),
+    kind(
+        "an unknown kernel",
+        "'matern'",
+        lambda _: tasks.GaussianProcessTasks(kernel="matern"),
+        "'matern52'",
+    ),
+    kind("a single class", "1", lambda _: tasks.Clusters(ways=1), "at least 2"),
+    kind(
+        "an oracle for waves without noise",
+        "noise=0.0",
+        lambda _: bayes_sinusoid(tasks.Sinusoids(), tasks.Sinusoids().sample(2, seed=0)),
+        "noise above 0",
+    ),
+    kind(
+        "an oracle with too few nodes",
+        "for task",
+        lambda _: bayes_sinusoid(WAVES, WAVES.sample(2, seed=0), nodes=(4, 4)),
+        "4 × 4 nodes",
+        error=ConvergenceError,
+    ),
+    kind(
+        "a truth of other tasks",
+        "shape (3,)",
+        lambda _: known_kernel(
+            PROCESSES, PROCESSES.sample(2, seed=0), PROCESSES.sample_with_truth(3, seed=0)[1]
+        ),
+        "'lengthscale'",
+    ),
+    kind(
         "a covariance in a model that is not positive definite",
         "smallest eigenvalue -1",
         lambda _: models.LinearRegression(covariance=[[1.0, 2.0], [2.0, 1.0]]),
         "covariance",
+    ),
+    kind(
+        "a network without widths",
+        "(40, 0)",
+        lambda _: models.NeuralRegression(hidden=(40, 0)),
+        "hidden=(40, 40)",
+    ),
+    kind(
+        "labels beyond the classes",
+        "0.0 to 5.0",
+        lambda _: models.NeuralClassifier(3).bind(
+            tasks.Tasks(np.ones((1, 2, 1)), np.array([[0, 5]]))
+        ),
+        "raise ways",
     ),
 ]
 
@@ -408,6 +496,72 @@ PROGRAMS = [
     ),
 ]
 
+FUNCTIONS = [
+    kind(
+        "an unknown kernel of a Gaussian process",
+        "'gauss'",
+        lambda _: models.GaussianProcess("gauss"),
+        "'rbf'",
+    ),
+    kind(
+        "a range of lengthscales the wrong way round",
+        "(1.0, 0.2)",
+        lambda _: models.GaussianProcess(lengthscale=(1.0, 0.2)),
+        "lengthscale",
+    ),
+    kind(
+        "a mask that a program ignores",
+        "beside a masked point",
+        lambda _: ExactGP().fit(with_a_mask_ignored, some()),
+        "mask False",
+        error=ProgramError,
+    ),
+    kind(
+        "independent points for an exact Gaussian process",
+        "whose points are independent given φ",
+        lambda _: ExactGP().fit(fits.model(), fits.task_set()),
+        "Quadrature",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a grid over many parameters",
+        "6",
+        lambda _: Quadrature().fit(classes(), labelled()),
+        "at most 3",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a singular covariance of a new task",
+        "nan for task 'b'",
+        lambda _: (
+            ExactGP()
+            .fit(models.GaussianProcess(lengthscale=0.5, scale=1.0, noise=1e-9), apart())
+            .adapt(some().select(["b"]))
+        ),
+        "equal x",
+        error=ConvergenceError,
+    ),
+    kind(
+        "a label beyond the classes of a model",
+        "from 0 to 2",
+        lambda _: ProtoNet().fit(models.ClassConditional(None, 2), labelled()),
+        "labels 0..1",
+    ),
+    kind(
+        "a class without points under a flat prior",
+        "'a'",
+        lambda _: ProtoNet().fit(classes(), labelled(), steps=1, compile=False).adapt(one_class()),
+        "prior_scale",
+    ),
+    kind(
+        "an embedding that a likelihood would shrink",
+        "'embedding'",
+        lambda _: NoPooling().fit(models.ClassConditional((2,), 3, prior_scale=1.0), labelled()),
+        "ProtoNet",
+        error=UnsupportedModelError,
+    ),
+]
+
 STRATEGIES = [
     kind(
         "one group and a variance between groups, exactly",
@@ -490,6 +644,17 @@ STRATEGIES = [
     kind("a seed that is text", "'one'", lambda _: fit(seed="one")),
     kind("a negative step size", "step_size=-1", lambda _: MAML(step_size=-1)),
     kind("no draws", "'draws': 0", lambda _: NUTS(draws=0)),
+    kind("a number as text", "'target_accept': '0.9'", lambda _: NUTS(target_accept="0.9")),
+    kind(
+        "a number of draws as text",
+        "draws='1000'",
+        lambda _: fits.adapted("ExactLinear").predict(fits.new_tasks(), draws="1000"),
+    ),
+    kind(
+        "a number of draws as text in a comparison",
+        "draws='1000'",
+        lambda _: hb.compare({"exact": fits.fitted("ExactLinear")}, fits.task_set(), draws="1000"),
+    ),
     kind("an encoder of no width", "hidden=0", lambda _: AmortizedGuide(hidden=0)),
 ]
 
@@ -575,6 +740,38 @@ USE = [
         "The nearest name is 'nut'",
     ),
     kind("nothing to compare", "none", lambda _: hb.compare({}, fits.task_set())),
+    kind(
+        "an oracle of other tasks",
+        "oracle 'truth' of 6 rows of 2 tasks",
+        lambda _: hb.compare(
+            {"maml": fits.fitted("MAML")},
+            fits.task_set().split(seed=0),
+            oracles={"truth": fits.adapted("MAML").predict(fits.new_tasks())},
+        ),
+        "these 6 tasks",
+    ),
+    kind(
+        "an unknown baseline",
+        "'exakt'",
+        lambda _: hb.compare(
+            {"exact": fits.fitted("MAML")}, fits.task_set().split(seed=0), baseline="exakt"
+        ),
+        "The nearest name is 'exact'",
+    ),
+    kind(
+        "a label without a probability",
+        "2",
+        lambda _: brier(torch.full((1, 2), 0.5), torch.tensor([2])),
+        "from 0 to 1",
+    ),
+    kind(
+        "a figure of no grid",
+        "4 rows of 1 features in 'maml'",
+        lambda _: panels.regions(
+            {"maml": fits.adapted("MAML").predict(fits.new_tasks())}, fits.new_tasks()
+        ),
+        "a grid of 2 features",
+    ),
 ]
 
 FILES = [
@@ -650,7 +847,7 @@ FILES = [
     ),
 ]
 
-KINDS = [*DATA, *FRAMES, *PROGRAMS, *STRATEGIES, *USE, *FILES]
+KINDS = [*DATA, *FRAMES, *PROGRAMS, *FUNCTIONS, *STRATEGIES, *USE, *FILES]
 
 
 @pytest.mark.parametrize(("error", "found", "names", "call"), KINDS)

@@ -605,3 +605,144 @@ def test_y_transformed_inside_the_program_is_refused():
     tasks = Tasks([[[0.0], [1.0]]], [[1.0, 2.0]])
     with pytest.raises(ProgramError, match="none of which holds y itself"):
         inspect_program(in_tens, Batch.of(tasks, "nested"))
+
+
+# The joint layout: points of a task depend on each other given φ
+
+
+def joint_law(x, phi):
+    """A MultivariateNormal over the points of a task."""
+    distance = x.unsqueeze(-2) - x.unsqueeze(-3)
+    k = torch.exp(-distance.square().sum(-1)) * phi.exp()[:, None, None]
+    return dist.MultivariateNormal(torch.zeros(x.shape[1]), k + torch.eye(x.shape[1]))
+
+
+def masked(law, mask):
+    """The same with the points outside of the mask decoupled, adding nothing."""
+    m = torch.ones_like(law.loc) if mask is None else mask.to(law.loc.dtype)
+    m = m.expand(law.batch_shape + law.event_shape)
+    k = law.covariance_matrix * m.unsqueeze(-1) * m.unsqueeze(-2)
+    return dist.MultivariateNormal(law.loc, k + torch.diag_embed((1 - m) / (2 * torch.pi)))
+
+
+def joint_program(x, y=None, *, mask=None):
+    with pyro.plate("task", x.shape[0], dim=-1):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        if y is not None and mask is not None:
+            y = torch.where(mask, y, torch.zeros_like(y))
+        pyro.sample("y", masked(joint_law(x, phi), mask), obs=y)
+
+
+def ragged():
+    """Tasks of 5, 2, 4 and 3 rows: padded cells repeat rows, and the mask leaves them out."""
+    counts = torch.tensor([5, 2, 4, 3])
+    keep = torch.arange(N_POINTS)[None] < counts[:, None]
+    return Tasks(data().x, data().y, keep)
+
+
+def test_reads_a_program_of_the_joint_layout():
+    assert layouts(joint_program) == ("joint",)
+    for tasks in (data(), ragged()):
+        problem = Problem(joint_program, tasks)
+        assert problem.layout == "joint"
+        found = problem.sites
+        assert [(s.name, s.shape) for s in found.locals] == [("phi", ())]
+        assert [(s.name, s.family, s.shape) for s in found.observed] == [
+            ("y", "MultivariateNormal", (N_POINTS,))
+        ]
+        # What the program puts in the place of masked points is still y.
+        assert found.response == "y"
+
+
+def test_joint_layout_takes_a_program_without_local_sites():
+    def program(x, y=None, *, mask=None):
+        with pyro.plate("task", x.shape[0], dim=-1):
+            law = joint_law(x, torch.zeros(x.shape[0]))
+            y = None if y is None or mask is None else torch.where(mask, y, torch.zeros_like(y))
+            pyro.sample("y", masked(law, mask), obs=y)
+
+    assert Problem(program, ragged()).sites.phi_size == 0
+
+
+def test_joint_layout_refuses_a_plate_over_points():
+    def program(x, y=None, *, mask=None):
+        with pyro.plate("task", x.shape[0], dim=-2):
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                pyro.sample("y", dist.Normal(phi, 1.0), obs=y)
+
+    # The first site of the run is told of: its plate stands where nested programs have it.
+    refused(
+        program, "plate 'task' at dim -1 in the joint layout", "dim -2", "dim=-1", layout="joint"
+    )
+
+    def inside(x, y=None, *, mask=None):
+        with pyro.plate("task", x.shape[0], dim=-1):
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        with pyro.plate("point", x.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(phi.mean() + x[..., 0], 1.0).to_event(0), obs=y)
+
+    refused(
+        inside, "no plate `point` in a program with the keyword `mask`", "one",
+        "points that are independent given φ need none", layout="joint",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("law", "shown"),
+    [
+        (lambda x, phi: dist.Normal(phi, 1.0), "event shape ()"),
+        (lambda x, phi: dist.Normal(phi[:, None] + x[..., 0], 1.0), ""),
+        (
+            lambda x, phi: dist.MultivariateNormal(torch.zeros(x.shape[1]), torch.eye(x.shape[1])),
+            "",
+        ),
+    ],
+    ids=["no event", "points as batch", "one law for all tasks"],
+)
+def test_joint_layout_wants_one_vector_per_task(law, shown):
+    def program(x, y=None, *, mask=None):
+        with pyro.plate("task", x.shape[0], dim=-1):
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            value = None if y is None else (y[:, 0] if shown else y)
+            pyro.sample("y", law(x, phi), obs=value)
+
+    if law(data().x, torch.zeros(N_TASKS)).event_shape:
+        # Pyro expands one law to the plate, which is the right shape.
+        assert [s.shape for s in sites(program, layout="joint").observed] == [(N_POINTS,)]
+        return
+    with pytest.raises(ProgramError) as caught:
+        sites(program, layout="joint")
+    assert shown in caught.value.found
+
+
+def test_joint_layout_refuses_a_program_that_minds_masked_points():
+    def program(x, y=None, *, mask=None):
+        with pyro.plate("task", x.shape[0], dim=-1):
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            pyro.sample("y", joint_law(x, phi), obs=y)
+
+    with pytest.raises(ProgramError, match="does not depend on points with mask False"):
+        Problem(program, data())
+
+
+def test_joint_layout_refuses_a_y_that_is_transformed_where_it_counts():
+    def program(x, y=None, *, mask=None):
+        with pyro.plate("task", x.shape[0], dim=-1):
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            pyro.sample("y", joint_law(x, phi), obs=None if y is None else 2 * y)
+
+    refused(program, "one observed site that takes y as it is", "none of which holds y itself",
+            "transform y in the tasks", layout="joint")  # fmt: skip
+
+
+def test_a_singular_covariance_says_what_to_do():
+    def program(x, y=None, *, mask=None):
+        with pyro.plate("task", x.shape[0], dim=-1):
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            k = phi.exp()[:, None, None] * torch.ones(x.shape[1], x.shape[1])
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(x.shape[1]), k), obs=y)
+
+    with pytest.raises(ProgramError) as caught:
+        sites(program, layout="joint")
+    assert "add noise, or drop points with equal x" in caught.value.do

@@ -12,7 +12,7 @@ from hbmeta import models
 from hbmeta.errors import ConvergenceError, FileError
 from hbmeta.inference import MAML, AmortizedGuide
 from hbmeta.problem import Problem
-from hbmeta.tasks import Episode, LinearTasks
+from hbmeta.tasks import Episode, LinearTasks, Tasks
 from hbmeta.training import prior_scales
 from tests import reference
 from tests.cases import case, eight_schools_centered, rows_of
@@ -35,6 +35,7 @@ def schools() -> Episode:
         (AmortizedGuide(hidden=16), "module_parameters"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*theta was still moving")
 def test_loss_goes_down(strategy, name):
     known = case(name)
     fitted = strategy.fit(
@@ -45,6 +46,20 @@ def test_loss_goes_down(strategy, name):
     assert float(history[-50:].mean()) < float(history[:20].mean()) - 0.05
     assert fitted.info["tier"] == "graph"
     assert 0 < fitted.seconds.staging < fitted.seconds.fit
+
+
+def test_theta_that_is_still_moving_is_named():
+    """AmortizedGuide on few steps: the scale is far from where 5,000 steps leave it."""
+    known = case("varying_intercepts")
+    with pytest.warns(UserWarning, match=r"still moving \(.*scale.*\).*raise steps"):
+        short = AmortizedGuide(hidden=16).fit(
+            known.program, known.tasks, steps=300, compile="graph", learning_rate=0.01
+        )
+    assert "scale" in short.info["still_moving"]
+    long = MAML(steps=3, step_size=0.05).fit(
+        known.program, known.tasks, steps=300, compile="graph", learning_rate=0.01
+    )
+    assert long.info["still_moving"] == []
 
 
 def test_module_parameters_are_learned_and_the_module_is_left_alone():
@@ -102,6 +117,38 @@ def test_divergence_names_the_step():
         ConvergenceError, match=r"MAML\.fit: needed a finite loss; found .* at step \d+"
     ):
         MAML(steps=60, step_size=1e3).fit(known.program, known.tasks, steps=100, **EAGER)
+
+
+def test_a_loss_that_ends_far_away_is_warned_of():
+    known = case("varying_intercepts")
+    with pytest.warns(UserWarning, match="MAML: the loss began at .* training has diverged"):
+        MAML(steps=5, step_size=1e3).fit(known.program, known.tasks, steps=3, **EAGER)
+    # A loss that rises, by a learning rate that is far too large.
+    with pytest.warns(UserWarning, match="training has diverged"):
+        MAML(steps=1, step_size=0.01).fit(
+            known.program, known.tasks, steps=20, theta_learning_rate=30.0, decay=False, **EAGER
+        )
+
+
+def test_tasks_without_a_query_do_not_dilute_the_prior():
+    """−log p(θ)/T counts the tasks that the mean of the losses counts."""
+    tasks = case("varying_intercepts").tasks
+    first = tasks.leading(torch.arange(float(tasks.n_points)), tasks.counts // 2)
+    whole = Episode(tasks.keep(first), tasks.keep(~first))
+    n = tasks.n_tasks
+
+    def with_empty(part):
+        return Tasks.from_flat(
+            part.flat_x, part.flat_y, part.task, n + 3, features=part.features, ids=range(n + 3)
+        )
+
+    padded = Episode(with_empty(whole.support), with_empty(whole.query))
+    strategy, program = MAML(steps=2, step_size=0.05), models.VaryingEffects(fixed=["x0"])
+    one, other = (
+        strategy.fit(program.bind(tasks), data, steps=20, **EAGER) for data in (whole, padded)
+    )
+    for name, value in one.theta.items():
+        torch.testing.assert_close(other.theta[name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_theta_minimises_loss_and_prior_over_tasks():

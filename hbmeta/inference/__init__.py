@@ -1,10 +1,14 @@
 """Posterior approximations, one file each; all of them fit any three-level program."""
 
 from hbmeta.inference.amortized_guide import AmortizedGuide
+from hbmeta.inference.exact_gp import ExactGP
 from hbmeta.inference.exact_linear import ExactLinear
+from hbmeta.inference.latent_np import LatentNP
 from hbmeta.inference.maml import MAML
 from hbmeta.inference.nuts import NUTS
 from hbmeta.inference.pooling import CompletePooling, NoPooling
+from hbmeta.inference.proto_net import ProtoNet
+from hbmeta.inference.quadrature import Quadrature
 from hbmeta.inference.strategy import Strategy
 
 __all__ = [
@@ -12,7 +16,11 @@ __all__ = [
     "NUTS",
     "AmortizedGuide",
     "CompletePooling",
+    "ExactGP",
     "ExactLinear",
+    "LatentNP",
     "NoPooling",
+    "ProtoNet",
+    "Quadrature",
     "Strategy",
 ]

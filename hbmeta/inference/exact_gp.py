@@ -1,7 +1,7 @@
 """The exact posterior of a Gaussian process whose few hyperparameters differ between tasks.
 
-Model: φ_i ~ p(φ | θ) (lengthscale, scale, noise, …), y_i | φ_i ~ N(m, K_φ + σ² I) over all points of
-a task, the function itself integrated out (joint layout).
+Model: φ_i ~ p(φ | θ) (lengthscale, scale, noise, …), y_i | φ_i ~ N(m, K_φ + σ² I) over all points
+of a task, the function itself integrated out (joint layout).
 Estimator: the predictive of known hyperparameters is a Gaussian conditional; unknown ones are
 integrated out by quadrature over φ,
 

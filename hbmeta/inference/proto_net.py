@@ -1,13 +1,13 @@
 """Prototypical networks: the conjugate Gaussian over the class means of a task.
 
-Model: c_ik ~ N(0, τ² I) or flat, y ~ Categorical(π), f(x) | y = k ~ N(c_ik, σ² I); any program whose
-log joint of a support is a quadratic in φ with a diagonal curvature Λ.
+Model: c_ik ~ N(0, τ² I) or flat, y ~ Categorical(π), f(x) | y = k ~ N(c_ik, σ² I); any program
+whose log joint of a support is a quadratic in φ with a diagonal curvature Λ.
 Estimator: one Newton step from anywhere is exact,
 
     q(c_k | S) = N(m_k, v_k I),  1/v_k = 1/τ² + N_k/σ²,  m_k = v_k Σ_{y_j = k} f(x_j) / σ²,
 
-(flat prior: the mean of the class, v_k = σ²/N_k), and θ, the embedding, minimises −log p(y | x, S) of the
-query, y enumerated: plug-in, softmax_k(log π_k − ‖f(x) − m_k‖²/2σ²); else φ integrated out,
+(flat prior: the mean of the class, v_k = σ²/N_k), and θ, the embedding, minimises −log p(y | x, S)
+of the query, y enumerated: plug-in, softmax_k(log π_k − ‖f(x) − m_k‖²/2σ²); else φ integrated out,
 N(f(x); m_k, (σ² + v_k) I) in place of N(f(x); m_k, σ² I).
 """
 
@@ -37,11 +37,12 @@ __all__ = ["ProtoNet"]
 class ProtoNet(Strategy):
     """q(φ | S) of class means in closed form, plugged in or integrated out.
 
-    Keeps p(y, f(x) | φ) and p(φ | θ). With `plug_in` q is a point, the published rule at σ² = ½ under a
-    flat prior; without it the Gaussian posterior, whose predictive has variance σ²(1 + 1/N_k) under a
-    flat prior. With equal numbers of shots and a flat prior the two differ by a temperature alone;
-    classes of few shots are spread out more, which plain prototypes ignore. Exact given θ (the
-    Gaussian form); optimises the query's cross-entropy, not the likelihood of the embedding.
+    Keeps p(y, f(x) | φ) and p(φ | θ). With `plug_in` q is a point, the published rule at σ² = ½
+    under a flat prior; without it the Gaussian posterior, whose predictive has variance
+    σ²(1 + 1/N_k) under a flat prior. With equal numbers of shots and a flat prior the two differ
+    by a temperature alone; classes of few shots are spread out more, which plain prototypes ignore.
+    Exact given θ (the Gaussian form); optimises the query's cross-entropy, not the likelihood of
+    the embedding.
 
     Args:
         plug_in: use the posterior mean as if it were known.
@@ -49,7 +50,7 @@ class ProtoNet(Strategy):
         UnsupportedModelError: the program is no class-conditional Gaussian model.
         DataError: under a flat prior, a class without a support point.
     References:
-        Snell, Swersky, Zemel (2017), NeurIPS, eq. 1–2. The conjugate posterior: Murphy (2012), §4.6.1.
+        Snell, Swersky, Zemel (2017), NeurIPS, eq. 1–2. Conjugate posterior: Murphy (2012), §4.6.1.
     """
 
     plug_in: bool = True
@@ -59,8 +60,8 @@ class ProtoNet(Strategy):
         if problem.classes is None:
             raise UnsupportedModelError(
                 self.name,
-                needed="a joint model of label and embedding (models.ClassConditional): two observed "
-                "sites per point, one of them the label y",
+                needed="a joint model of label and embedding (models.ClassConditional): two "
+                "observed sites per point, one of them the label y",
                 found=f"observed sites {[s.name for s in problem.sites.observed]}",
                 do="Use MAML, AmortizedGuide or NUTS for this program.",
             )

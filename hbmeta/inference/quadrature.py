@@ -126,8 +126,9 @@ class Quadrature(Strategy):
         if float(error.max()) > _COARSE:
             named = support.ids[int(error.argmax())]
             warnings.warn(
-                f"{self.name}: the quadrature of task {named!r} changes by {float(error.max()):.2g} "
-                f"nats when the grid is halved. Raise nodes (now {self._count(problem)}).",
+                f"{self.name}: the quadrature of task {named!r} changes by "
+                f"{float(error.max()):.2g} nats when the grid is halved. "
+                f"Raise nodes (now {self._count(problem)}).",
                 stacklevel=3,
             )
         return _OnNodes(

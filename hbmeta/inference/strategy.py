@@ -54,7 +54,7 @@ class Strategy(abc.ABC):
     without_phi: ClassVar[bool] = False
     """Whether it takes programs in which nothing differs between tasks but the data."""
     joint_loss: ClassVar[bool] = False
-    """Whether θ is trained by a density of all that a program observes, embeddings of x included."""
+    """Whether θ is trained by a density of all that is observed, embeddings of x included."""
 
     @property
     def name(self) -> str:

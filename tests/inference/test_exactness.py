@@ -305,3 +305,22 @@ def test_three_strategies_agree_on_the_same_program():
     means = nuts.globals()["mean"].mean(0)
     np.testing.assert_allclose(exact.globals()["mean"].numpy(), means.numpy(), atol=0.1)
     np.testing.assert_allclose(guide.globals()["mean"].numpy(), means.numpy(), atol=0.15)
+
+
+def test_evidence_is_the_laplace_formula_term_by_term():
+    """T16: the mode, its log likelihood and log prior density, and half the log determinant."""
+    X, y = np.array([(1.0, 0.0), (1.0, 1.0), (1.0, 2.0)]), np.array([0.5, 1.2, 2.8])
+    start, variance = np.array([0.2, 0.8]), np.array([0.5, 0.3])
+    tasks = Tasks(X[None], y[None], features=["intercept", "slope"])
+    model = models.LinearRegression(tuple(start), np.diag(variance).tolist(), 0.5)
+    posterior = ExactLinear().fit(model, tasks, compile=False).adapt(tasks)
+    mode = posterior.density.loc[0].numpy()
+    np.testing.assert_allclose(mode, (0.3883211679, 1.0802919708), atol=6e-11)
+    assert float(posterior.info["log_evidence"]) == pytest.approx(-2.7943973894, abs=6e-11)
+    log_likelihood = -0.5 * ((y - X @ mode) ** 2).sum() / 0.25 - 1.5 * np.log(2 * np.pi * 0.25)
+    log_prior = (-0.5 * (mode - start) ** 2 / variance - 0.5 * np.log(2 * np.pi * variance)).sum()
+    half = -0.5 * np.linalg.slogdet(np.diag(1 / variance) + X.T @ X / 0.25)[1]
+    # log p(D) = log p(D | φ̂) + log p(φ̂) + (d/2) log 2π − ½ log det(H + Λ)
+    terms = (log_likelihood, log_prior, half)
+    assert terms == pytest.approx((-0.9727217057, -1.0557212511, -2.6038314991), abs=1e-9)
+    assert sum(terms) + np.log(2 * np.pi) == pytest.approx(-2.7943973894, abs=1e-9)
