@@ -199,10 +199,15 @@ def _run_one(
 
     size = start.shape[0]
     gradients = 0
+    threads = torch.get_num_threads()
 
     def make_log_density() -> Any:
         def evaluate(point: Any) -> tuple[float, Any]:
             nonlocal gradients
+            if not gradients:
+                # The sampler calls from a thread of its own, and OpenMP counts by thread: there a
+                # library call (a Cholesky factor) would start one worker per core and wait for it.
+                torch.set_num_threads(threads)
             gradients += 1
             value, gradient = log_density(torch.from_numpy(point))
             return float(value), gradient.numpy()

@@ -127,7 +127,8 @@ def given_theta(
 ) -> tuple[TaskPosterior | None, str]:
     """p(φ | S, θ) of a fit's own program at its own θ, held at a point; or None and why not.
 
-    The text is a remark on the posterior where there is one (few effective draws), else empty.
+    The text is a remark on the posterior where there is one (no mode found, a curvature that is no
+    maximum's, few effective draws), else empty.
     """
     problem = fitted.problem
     tasks = support.to(device=problem.device, dtype=problem.dtype)
@@ -138,5 +139,21 @@ def given_theta(
     except HbmetaError as error:
         return None, f"needed {error.needed}; found {error.found}"
     posterior = TaskPosterior(problem, fitted.theta, density, tasks, units=fitted.units)
+    return posterior, _remark(info)
+
+
+def _remark(info: Mapping[str, Tensor]) -> str:
+    """What is bad about draws of `conditional`, in words; empty where nothing is."""
+    parts = [
+        f"{what} for {int((~info[key]).sum())} of {len(info[key])} tasks"
+        for key, what in (
+            ("converged", "no mode was found"),
+            ("positive", "the curvature is not that of a maximum"),
+        )
+        if not bool(info[key].all())
+    ]
     fewest = float(info["effective_draws"].min())
-    return posterior, f"{fewest:.0f} effective draws" if fewest < 100 else ""
+    # NaN too.
+    if not fewest >= 100:
+        parts.append(f"{fewest:.0f} effective draws")
+    return "; ".join(parts)

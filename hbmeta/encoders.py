@@ -5,8 +5,9 @@ prior whitens. Their product with N(0, I) has
 
     precision Λ = I + Σ_j r_j r_jᵀ,   Λ m = η = Σ_j e_j,   e_j = r_j t_j + d_j,
 
-which is Bayes' rule where y = r(x)ᵀ u / σ + noise. (r_j, t_j, d_j) = network(x_j, y_j, c) with a
-summary c = mean_j h(x_j, y_j), log(1 + n) of the whole set.
+which is Bayes' rule where y = r(x)ᵀ u + noise. (r_j, t_j, d_j) = network(x_j, y_j, c) with a
+summary c = mean_j h(x_j, y_j), log(1 + n) of the whole set. Where φ is small d_j alone learns as
+well (t_j = 0); where r(x) is a curve, t_j saves d_j from learning its product with y.
 """
 
 from __future__ import annotations
@@ -113,13 +114,16 @@ class SetEncoder(nn.Module):
         hidden: width of the networks.
         layers: hidden layers of the network of a row.
         size: entries of φ.
+        located: whether rows have a t_j.
     """
 
-    def __init__(self, features: RowFeatures, hidden: int, layers: int, size: int) -> None:
+    def __init__(
+        self, features: RowFeatures, hidden: int, layers: int, size: int, *, located: bool = False
+    ) -> None:
         super().__init__()
         self.features = features
         width = features.width
-        self.size, self.by_row = size, size <= _FACTORS_UP_TO
+        self.size, self.by_row, self.located = size, size <= _FACTORS_UP_TO, located
         self.summary = nn.Sequential(
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
         )
@@ -135,11 +139,11 @@ class SetEncoder(nn.Module):
             for _ in range(layers - 1):
                 deeper += [nn.SiLU(), nn.Linear(hidden, hidden)]
             self.deeper = nn.Sequential(*deeper, nn.SiLU())
-            self.factor = nn.Linear(hidden, 2 * size + 1)
-            self.skip = nn.Linear(width, 2 * size + 1)
+            self.factor = nn.Linear(hidden, 2 * size + located)
+            self.skip = nn.Linear(width, 2 * size + located)
             # Factors r start small but not at zero, where r rᵀ has no gradient.
             _start_at(self.factor, 0.1)
-            _start_at(self.skip, 0.1, but_last=True)
+            _start_at(self.skip, 0.1, but_last=located)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """η (tasks, size), Σ_j r_j r_jᵀ (tasks, size, size) or None, a and b (tasks, size).
@@ -156,8 +160,8 @@ class SetEncoder(nn.Module):
         inner = self.context(context)
         inner = inner.unsqueeze(-2) if batch.task is None else inner[batch.task]
         out = self.factor(self.deeper(self.row(rows) + inner)) + self.skip(rows)
-        direct, root, place = out.split([self.size, self.size, 1], -1)
-        eta = direct + root * place
+        eta, root, place = out.split([self.size, self.size, int(self.located)], -1)
+        eta = eta + root * place if self.located else eta
         return _sum(eta, batch), self._precision(root, batch), shift, log_scale
 
     def _precision(self, root: Tensor, batch: Batch) -> Tensor:

@@ -1,11 +1,14 @@
 """Type-II maximum likelihood: θ at the maximum of Σ_i log p(y_i | θ), plus log p(θ) on request.
 
 The evidence comes as a function of θ (in closed form, by quadrature, …); L-BFGS moves θ in units of
-its prior's scale.
+its prior's scale. A variance between tasks whose estimate is zero (a real case: Gelman et al.,
+BDA3, §5.4) is named in a warning.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,15 +20,26 @@ from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.training import Options, prior_scales
 
+# A scale that fell this far below where it started, its prior's, is reported as zero.
+_AT_ZERO = 1e-3
+_POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "LogNormal")
+
 __all__ = ["Maximum", "maximise_evidence"]
 
 
 class Maximum(NamedTuple):
-    """θ at the maximum, where the search started, whether it converged, seconds of staging."""
+    """θ at the maximum of the evidence, and how the search went.
+
+    Attributes:
+        theta: θ there.
+        converged: whether the search did.
+        at_zero: names of positive level-1 sites whose estimate is zero.
+        seconds_staging: time spent on staging.
+    """
 
     theta: Theta
-    start: Theta
     converged: bool
+    at_zero: list[str]
     seconds_staging: float
 
 
@@ -38,7 +52,7 @@ def maximise_evidence(
     options: Options,
     where: str,
 ) -> Maximum:
-    """θ at the maximum of the evidence.
+    """θ at the maximum of the evidence; warns where the estimate of a scale is zero.
 
     Args:
         problem: the program on its data.
@@ -46,11 +60,11 @@ def maximise_evidence(
         evidence: θ to (tasks,) log p(y_i | θ), differentiable.
         prior: whether log p(θ) is added.
         options: of the fit.
-        where: for errors.
+        where: the strategy's name, for errors and the warning.
     """
     start = problem.theta(batch)
     if not start:
-        return Maximum(start, start, True, 0.0)
+        return Maximum(start, True, [], 0.0)
     scales = prior_scales(problem, start, batch)
     names, sizes = list(start), [v.numel() for v in start.values()]
 
@@ -70,6 +84,23 @@ def maximise_evidence(
         return -total / rows
 
     first = torch.zeros(sum(sizes), dtype=problem.dtype, device=problem.device)
-    found = minimise(objective, first, where=where, tier=options.tier)
+    found = minimise(objective, first, where=f"{where}.fit", tier=options.tier)
     theta = {name: value.detach() for name, value in unpack(found.point).items()}
-    return Maximum(theta, start, found.converged, found.seconds_staging)
+    at_zero = _at_zero(problem, theta, start)
+    if at_zero:
+        warnings.warn(
+            f"{where}: the estimate of {', '.join(at_zero)} is zero: the data show no variation "
+            "there. NUTS, or prior=True, weighs how large it could still be.",
+            stacklevel=4,
+        )
+    return Maximum(theta, found.converged, at_zero, found.seconds_staging)
+
+
+def _at_zero(problem: Problem, theta: Theta, start: Theta) -> list[str]:
+    """Positive level-1 sites that fell to zero against where they started."""
+    return [
+        site.name
+        for site in problem.sites.globals
+        if site.family in _POSITIVE
+        and float((theta[site.name] - start[site.name]).min()) < math.log(_AT_ZERO)
+    ]

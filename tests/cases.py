@@ -313,6 +313,15 @@ def _functions(seed, *, noise=0.15) -> Tasks:
     return _ragged((6, 9, 7, 8, 7), draw_y, seed=seed)
 
 
+def _waves() -> Tasks:
+    def draw_y(x, task, rng):
+        amplitude, phase = rng.uniform(0.5, 1.5, 4), rng.uniform(0, np.pi, 4)
+        wave = amplitude[task] * np.sin(x[:, 0] + phase[task])
+        return wave + 0.1 * rng.standard_normal(len(task))
+
+    return _ragged((6, 5, 7, 6), draw_y, seed=14)
+
+
 def _clusters() -> Tasks:
     rng = np.random.default_rng(13)
     labels = np.concatenate([rng.permutation(np.arange(n) % 3) for n in (6, 7, 9, 6)])
@@ -409,6 +418,30 @@ _MAKERS: dict[str, Callable[[], Case]] = {
         "Gaussian classes around means of each task (`ClassConditional`)",
         models.ClassConditional(None, 3, prior_scale=1.5),
         _clusters(),
+    ),
+    "neural_regression": lambda: Case(
+        "neural_regression",
+        "networks of 97 weights around a learned mean (`NeuralRegression`)",
+        models.NeuralRegression((8, 8), noise=0.3),
+        _waves(),
+    ),
+    "neural_zero": lambda: Case(
+        "neural_zero",
+        "Bayesian networks of 10 weights (`NeuralRegression`, mean zero)",
+        models.NeuralRegression((3,), noise=0.3, mean="zero", activation="tanh"),
+        _waves(),
+    ),
+    "neural_classifier": lambda: Case(
+        "neural_classifier",
+        "networks that give the probabilities of classes (`NeuralClassifier`)",
+        models.NeuralClassifier(3, (4,)),
+        _clusters(),
+    ),
+    "latent_process": lambda: Case(
+        "latent_process",
+        "functions from a decoder of a code per task (`LatentProcess`)",
+        models.LatentProcess(latent=2, hidden=(8,), frequencies=2, noise_floor=0.1),
+        _waves(),
     ),
 }
 

@@ -13,7 +13,7 @@ from tests.cases import NAMES, case
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
 STRATEGIES = (
     *("NUTS", "ExactLinear", "AmortizedGuide", "MAML", "NoPooling", "CompletePooling"),
-    *("ExactGP", "Quadrature", "ProtoNet"),
+    *("ExactGP", "Quadrature", "ProtoNet", "LatentNP"),
 )
 
 
@@ -59,7 +59,7 @@ MANY_FOR_A_GRID = Refuses(
     "UnsupportedModelError", "at most 3 parameters per task (the grid is a product)", "6"
 )
 # ExactGP, Quadrature and ProtoNet on a regression with up to three parameters per task.
-PLAIN = (POINTS_APART, Works(), NO_EMBEDDING)
+PLAIN = (POINTS_APART, WORKS, NO_EMBEDDING, WORKS)
 AT_ZERO = Works("ExactLinear: the estimate of tau is zero")
 
 
@@ -75,6 +75,7 @@ def _stays(site: str) -> Works:
     return Works(f"MAML: the loss does not depend on {site}")
 
 
+TODO = (WORKS,) * 10
 # Strategies in the order of STRATEGIES.
 MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
     "linear_given_theta": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
@@ -109,15 +110,16 @@ MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
     "module_parameters": (NO_PRIOR, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
     "gaussian_process": (
         *(WORKS, _not_quadratic("MultivariateNormal, Uniform"), WORKS, WORKS, WORKS, WORKS),
-        *(WORKS, WORKS, NO_EMBEDDING),
+        *(WORKS, WORKS, NO_EMBEDDING, WORKS),
     ),
     "gaussian_process_learned": (
         *(WORKS, _not_quadratic("LogNormal, MultivariateNormal"), WORKS),
-        *(_stays("lengthscale_spread"), WORKS, WORKS, WORKS, WORKS, NO_EMBEDDING),
+        *(_stays("lengthscale_spread"), WORKS, WORKS, WORKS, WORKS, NO_EMBEDDING, WORKS),
     ),
     "class_conditional": (
-        *(WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, POINTS_APART, MANY_FOR_A_GRID, WORKS),
+        *(WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, POINTS_APART, MANY_FOR_A_GRID, WORKS, WORKS),
     ),
+    "neural_regression": TODO, "neural_zero": TODO, "neural_classifier": TODO, "latent_process": TODO,
 }
 
 

@@ -41,6 +41,8 @@ def strategy_of(strategy, name, *, small):
         return inference.MAML(steps=3, step_size=0.05), {"steps": 2 if small else 20}
     if strategy == "AmortizedGuide":
         return inference.AmortizedGuide(hidden=16), {"steps": 2 if small else 20}
+    if strategy == "LatentNP":
+        return inference.LatentNP(hidden=16, draws=4), {"steps": 2 if small else 20}
     if strategy == "Quadrature":
         return inference.Quadrature(nodes=100), {}
     if strategy == "ProtoNet":

@@ -32,6 +32,7 @@ from hbmeta.inference import (
     AmortizedGuide,
     ExactGP,
     ExactLinear,
+    LatentNP,
     NoPooling,
     ProtoNet,
     Quadrature,
@@ -656,6 +657,8 @@ STRATEGIES = [
         lambda _: hb.compare({"exact": fits.fitted("ExactLinear")}, fits.task_set(), draws="1000"),
     ),
     kind("an encoder of no width", "hidden=0", lambda _: AmortizedGuide(hidden=0)),
+    kind("an objective by another name", "'elbo'", lambda _: LatentNP(objective="elbo")),
+    kind("a decoder without layers", "()", lambda _: models.LatentProcess(hidden=())),
 ]
 
 USE = [

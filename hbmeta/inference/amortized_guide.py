@@ -60,12 +60,17 @@ class AmortizedGuide(Strategy):
         layers: hidden layers of the network that reads a row.
         frequencies: sines and cosines of every column of x that the encoder sees, for functions
             that bend often; of periods 4, 2, 4/3, … half-ranges of the column.
+    Raises:
+        UnsupportedModelError: a local site with a flat prior.
+        DataError: a setting that cannot be used.
     References:
         Kingma, Welling (2014), ICLR; Zaheer et al. (2017), NeurIPS, for the encoder.
     """
 
     needs: ClassVar[Needs] = "subset"
     joint_loss: ClassVar[bool] = True
+    located: ClassVar[bool] = False
+    """Whether rows have a t_j; see `hbmeta.encoders`."""
     full_up_to: ClassVar[int] = 16
     """Largest φ for which covariance="auto" means a full one."""
 
@@ -89,6 +94,18 @@ class AmortizedGuide(Strategy):
                 do="The defaults serve most programs.",
             )
 
+    def check(self, problem: Problem) -> None:
+        """A task prior that is a density: the bound has no value under a flat one."""
+        flat = _flat_site(problem)
+        if flat is not None:
+            raise UnsupportedModelError(
+                self.name,
+                needed="a proper task prior of every local site",
+                found=f"a flat one of {flat!r}",
+                do="Give it one: prior_scale of models.ClassConditional, a Normal in a program of "
+                "your own.",
+            )
+
     def _full(self, problem: Problem) -> bool:
         size = problem.sites.phi_size
         if self.covariance == "full" and size > _FULL_AT_MOST:
@@ -109,7 +126,13 @@ class AmortizedGuide(Strategy):
         features = RowFeatures(tasks, _classes(problem), self.frequencies)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder = SetEncoder(features, self.hidden, self.layers, problem.sites.phi_size)
+            encoder = SetEncoder(
+                features,
+                self.hidden,
+                self.layers,
+                problem.sites.phi_size,
+                located=self.located,
+            )
         return encoder.to(dtype=tasks.dtype, device=tasks.device)
 
     def noise(self, problem: Problem, n_tasks: int) -> dict[str, tuple[int, ...]]:
@@ -188,6 +211,31 @@ def _diagonal_scale(log_prior: Any, start: Tensor) -> Tensor:
     if row is None:
         return torch.ones_like(start)
     return torch.where(row < -1e-12, (-row).clamp_min(1e-12), torch.ones_like(row)).rsqrt()
+
+
+def _flat_site(problem: Problem) -> str | None:
+    """A local site whose log prior is linear in some entry of φ, in unconstrained space.
+
+    No density is: it has to fall on both sides. Its gradient is the same everywhere, whereas that
+    of a density with a kink (Laplace) changes its sign between two sides of the location.
+    """
+    batch = problem.one_row()
+    theta = {name: value.detach() for name, value in problem.theta(batch).items()}
+    with torch.no_grad():
+        start = problem.location(theta, batch)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((2, *start.shape), generator=generator, dtype=torch.float64).to(start)
+
+    def gradient(phi: Tensor) -> Tensor:
+        phi = phi.requires_grad_()
+        with torch.enable_grad():
+            # A flat prior is no function of φ, which autograd refuses.
+            value = problem.log_task_prior(theta, phi, batch).sum() + 0.0 * phi.sum()
+            return torch.autograd.grad(value, phi)[0]
+
+    same = [gradient(start + step) == gradient(start - step) for step in noise]
+    flat = torch.stack(same).all(0).to(start)
+    return next((n for n, v in problem.sites.from_vector(flat).items() if bool(v.any())), None)
 
 
 def _classes(problem: Problem) -> int:

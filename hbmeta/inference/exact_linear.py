@@ -12,8 +12,6 @@ Estimator: with f_i(φ) = log p(y_i | φ, θ) + log p(φ | θ) and any φ₀, on
 
 from __future__ import annotations
 
-import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,17 +21,14 @@ from torch import Tensor
 from hbmeta.curvature import expand, gradient_and_hessian, log_joint, require_positive
 from hbmeta.densities import Gaussian
 from hbmeta.errors import UnsupportedModelError
+from hbmeta.evidence import maximise_evidence
 from hbmeta.feeding import training_tasks
 from hbmeta.inference.strategy import Strategy
-from hbmeta.optimisation import minimise
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
-from hbmeta.training import Learned, Options, prior_scales
-
-# A scale that fell this far below its prior's is reported as zero.
-_AT_ZERO = 1e-3
+from hbmeta.training import Learned, Options
 
 __all__ = ["ExactLinear"]
 
@@ -75,45 +70,20 @@ class ExactLinear(Strategy):
         """θ at the maximum of the evidence, by L-BFGS."""
         tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
         batch = problem.batch(tasks)
-        start = problem.theta(batch)
-        self._require_quadratic(problem, start, batch, tasks)
-        if not start:
-            return Learned(
-                start,
-                info={"log_evidence": float(self._evidence(problem, start, batch).detach().sum())},
-            )
-        scales = prior_scales(problem, start, batch)
-        names, sizes = list(start), [v.numel() for v in start.values()]
+        self._require_quadratic(problem, problem.theta(batch), batch, tasks)
 
-        def unpack(vector: Tensor) -> Theta:
-            return {
-                n: start[n]
-                + scales.get(n, torch.ones_like(start[n])) * part.reshape(start[n].shape)
-                for n, part in zip(names, vector.split(sizes), strict=True)
-            }
+        def evidence(theta: Theta) -> Tensor:
+            return self._evidence(problem, theta, batch)
 
-        rows = max(int(batch.mask.sum()), 1)
-
-        def objective(vector: Tensor) -> Tensor:
-            theta = unpack(vector)
-            total = self._evidence(problem, theta, batch).sum()
-            if self.prior:
-                total = total + problem.log_prior(theta, batch)
-            return -total / rows
-
-        first = torch.zeros(sum(sizes), dtype=problem.dtype, device=problem.device)
-        found = minimise(objective, first, where="ExactLinear.fit", tier=options.tier)
-        theta = {k: v.detach() for k, v in unpack(found.point).items()}
-        at_zero = self._at_zero(problem, theta, start, batch)
-        if at_zero:
-            warnings.warn(
-                f"ExactLinear: the estimate of {', '.join(at_zero)} is zero: the data show no "
-                "variation there. NUTS, or prior=True, weighs how large it could still be.",
-                stacklevel=3,
-            )
-        evidence = float(self._evidence(problem, theta, batch).detach().sum())
-        info = {"log_evidence": evidence, "at_zero": at_zero, "converged": found.converged}
-        return Learned(theta, info=info, seconds_staging=found.seconds_staging)
+        found = maximise_evidence(
+            problem, batch, evidence, prior=self.prior, options=options, where=self.name
+        )
+        info = {
+            "log_evidence": float(evidence(found.theta).detach().sum()),
+            "at_zero": found.at_zero,
+            "converged": found.converged,
+        }
+        return Learned(found.theta, info=info, seconds_staging=found.seconds_staging)
 
     def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
         """The exact posterior at the fitted θ, with each task's log evidence in `info`."""
@@ -167,20 +137,3 @@ class ExactLinear(Strategy):
                 do="Use NUTS as the reference and AmortizedGuide as the approximation.",
             )
         require_positive(-here, tasks.ids, self.name)
-
-    def _at_zero(self, problem: Problem, theta: Theta, start: Theta, batch: Batch) -> list[str]:
-        """Positive level-1 sites that fell to zero against where they started."""
-        out = []
-        for site in problem.sites.globals:
-            if site.family in (
-                "HalfNormal",
-                "HalfCauchy",
-                "Exponential",
-                "Gamma",
-                "InverseGamma",
-                "LogNormal",
-            ):
-                fall = (theta[site.name] - start[site.name]).min()
-                if float(fall) < math.log(_AT_ZERO):
-                    out.append(site.name)
-        return out

@@ -126,6 +126,7 @@ class LatentNP(AmortizedGuide):
     needs: ClassVar[Needs] = "split"
     # p(y | x, φ) is all that is trained on.
     joint_loss: ClassVar[bool] = False
+    located: ClassVar[bool] = True
     full_up_to: ClassVar[int] = 64
 
     hidden: int = 128

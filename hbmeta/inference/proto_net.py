@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hbmeta.curvature import log_joint
 from hbmeta.densities import Delta, Gaussian
-from hbmeta.enumeration import class_logits, is_linear_gaussian
+from hbmeta.enumeration import class_cells, class_logits, is_linear_gaussian
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.inference.strategy import Strategy
 from hbmeta.posterior import TaskPosterior
@@ -42,7 +42,9 @@ class ProtoNet(Strategy):
     σ²(1 + 1/N_k) under a flat prior. With equal numbers of shots and a flat prior the two differ
     by a temperature alone; classes of few shots are spread out more, which plain prototypes ignore.
     Exact given θ (the Gaussian form); optimises the query's cross-entropy, not the likelihood of
-    the embedding.
+    the embedding. Under a flat prior a class that a random split leaves without a support point has
+    no posterior: in training it has probability 0 for the other points of its task, and its own
+    points are left out.
 
     Args:
         plug_in: use the posterior mean as if it were known.
@@ -136,10 +138,7 @@ class ProtoNet(Strategy):
         self, problem: Problem, theta: Theta, own: Any, support: Batch
     ) -> Delta | Gaussian:
         """The conjugate posterior; a class without a prior and without points gets a wide one."""
-        mean, precision = _conjugate(problem, theta, support)
-        if self.plug_in:
-            return Delta(mean)
-        return Gaussian(mean, precision.clamp_min(1e-6).rsqrt())
+        return self._density(*_conjugate(problem, theta, support))
 
     def loss(
         self,
@@ -150,18 +149,26 @@ class ProtoNet(Strategy):
         query: Batch,
         noise: Mapping[str, Tensor],
     ) -> Tensor:
-        """(tasks,) −log p(y | x, S) per query point."""
-        density = self.posterior(problem, theta, own, support)
+        """(tasks,) −log p(y | x, S) per query point of a class that has a posterior."""
+        mean, precision = _conjugate(problem, theta, support)
+        density = self._density(mean, precision)
         if isinstance(density, Delta):
-            log_predictive = problem.log_predictive(theta, density.loc, support, query)
-            return -log_predictive / query.counts.clamp_min(1.0)
-        logits = class_logits(problem, theta, density, query).log_softmax(-1)
+            logits = class_cells(problem, theta, density.loc, query)
+        else:
+            logits = class_logits(problem, theta, density, query)
+        unknown = ((precision <= 0).unsqueeze(1) & _entries(problem, theta, support)).any(-1)
+        unknown = unknown.unsqueeze(1) if query.task is None else unknown[query.task]
+        # Not −∞, of which a task without any support would make NaN; exp of it is 0 as well.
+        log_p = logits.masked_fill(unknown, torch.finfo(logits.dtype).min).log_softmax(-1)
         assert query.y is not None
         classes = torch.arange(logits.shape[-1], device=logits.device)
-        chosen = (query.y.unsqueeze(-1) == classes).to(logits.dtype)
-        cells = (chosen * logits).sum(-1)
-        total = query.per_task(torch.where(query.mask, cells, torch.zeros_like(cells)))
-        return -total / query.counts.clamp_min(1.0)
+        chosen = (query.y.unsqueeze(-1) == classes) & query.mask.unsqueeze(-1) & ~unknown
+        total = query.per_task(torch.where(chosen, log_p, torch.zeros_like(log_p)).sum(-1))
+        counted = query.per_task(chosen.any(-1).to(log_p.dtype))
+        return -total / counted.clamp_min(1.0)
+
+    def _density(self, mean: Tensor, precision: Tensor) -> Delta | Gaussian:
+        return Delta(mean) if self.plug_in else Gaussian(mean, precision.clamp_min(1e-6).rsqrt())
 
 
 def _conjugate(problem: Problem, theta: Theta, support: Batch) -> tuple[Tensor, Tensor]:
@@ -175,3 +182,28 @@ def _conjugate(problem: Problem, theta: Theta, support: Batch) -> tuple[Tensor, 
     precision = -row
     step = torch.where(precision > 0, gradient / precision.clamp_min(1e-12), 0.0)
     return start.detach() + step, precision
+
+
+def _entries(problem: Problem, theta: Theta, support: Batch) -> Tensor:
+    """(classes, phi_size) whether a point of class k says anything of entry j of φ.
+
+    Found from the curvature that one row has as a point of every class, each a task of its own.
+    """
+    assert problem.classes is not None
+    n = problem.classes
+    with torch.no_grad():
+        phi = problem.location(theta, support)[:1].expand(n, -1)
+    labels = torch.arange(n, device=phi.device)
+    if support.task is None:
+        x, y = support.x[:1, :1].expand(n, -1, -1), labels.unsqueeze(-1)
+        rows = Batch(x, y.to(problem.y_dtype), torch.ones_like(x[..., 0]), None, n)
+    else:
+        x = support.x[:1].expand(n, -1)
+        rows = Batch(x, labels.to(problem.y_dtype), torch.ones_like(x[..., 0]), labels, n)
+    phi = phi.detach().requires_grad_()
+    held = {name: value.detach() for name, value in theta.items()}
+    with torch.enable_grad():
+        value = problem.log_likelihood(held, phi, rows)
+        (gradient,) = torch.autograd.grad(value.sum(), phi, create_graph=True)
+        (row,) = torch.autograd.grad(gradient.sum(), phi)
+    return row < 0

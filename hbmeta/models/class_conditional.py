@@ -175,7 +175,7 @@ class ClassConditional(HierarchicalModel):
         if self.network is None:
             return x
         found: Tensor = self.network(x.reshape(-1, x.shape[-1]))
-        return found.reshape(*x.shape[:-1], -1)
+        return found.reshape(*x.shape[:-1], found.shape[-1])
 
     def bind(self, tasks: Tasks) -> Self:
         """A copy that knows the width of x and of the embedding.

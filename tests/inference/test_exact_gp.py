@@ -408,10 +408,12 @@ def test_type_two_maximum_likelihood_recovers_the_location_of_log_lengthscales()
 def test_prior_on_theta_moves_its_estimate_towards_the_prior():
     tasks, _ = simulated(8, 6, location=1.0)
     model = models.GaussianProcess("rbf", scale=1.0, noise=0.1)
-    at = [
-        float(fitted(model, tasks, ExactGP(prior=p)).globals()["lengthscale_location"])
-        for p in (False, True)
-    ]
+    # Eight tasks of six points do not show that lengthscales differ.
+    with pytest.warns(UserWarning, match="ExactGP: the estimate of lengthscale_spread is zero"):
+        flat = fitted(model, tasks, ExactGP())
+    informed = fitted(model, tasks, ExactGP(prior=True))
+    assert (flat.info["at_zero"], informed.info["at_zero"]) == (["lengthscale_spread"], [])
+    at = [float(fit.globals()["lengthscale_location"]) for fit in (flat, informed)]
     assert 0.0 < at[1] < at[0]
 
 
@@ -538,7 +540,52 @@ def test_too_few_nodes_are_warned_of():
     fit = fitted(model, tasks, ExactGP(nodes=8))
     with pytest.warns(UserWarning, match=r"the quadrature of task \d changes by .*now 8"):
         posterior = fit.adapt(tasks)
-    assert float(posterior.info["quadrature_error"].max()) > 0.01
+    assert float(posterior.info["quadrature_error"].max()) > 0.1
+
+
+def test_a_change_of_a_tenth_of_a_nat_is_warned_of():
+    """Below it the grid's own error, as a rule, is about the square of the change: under 0.01.
+
+    300 tasks of one point, y ~ N(φ, 0.1²), φ ~ N(0, 1), whose evidence is known; the seed is fixed.
+    """
+
+    def program(x, y=None):
+        with pyro.plate("task", x.shape[0], dim=-2):
+            phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                pyro.sample("y", dist.Normal(phi + 0.0 * x[..., 0], 0.1), obs=y)
+
+    spread = math.sqrt(1.01)
+    y = spread * torch.randn(300, 1, generator=torch.Generator().manual_seed(0)).double()
+    tasks = Tasks(torch.zeros(300, 1, 1, dtype=torch.float64), y)
+    fit = fitted(program, tasks, Quadrature(nodes=28))
+    with pytest.warns(UserWarning, match="changes by"):
+        info = fit.adapt(tasks).info
+    change = info["quadrature_error"]
+    error = (info["log_evidence"] - torch.from_numpy(stats.norm(0, spread).logpdf(y[:, 0]))).abs()
+    told, silent = change > 0.1, (change > 0.03) & (change <= 0.1)
+    assert int(silent.sum()) > 20
+    assert float(error[silent].median()) < 0.01
+    assert float(error[silent].quantile(0.9)) < 0.03
+    quiet = tasks.select([tasks.ids[int(i)] for i in silent.nonzero()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit.adapt(quiet)
+    with pytest.warns(UserWarning, match="changes by"):
+        fit.adapt(tasks.select([tasks.ids[int(told.nonzero()[0])]]))
+
+
+def test_a_spread_of_zero_is_told_of():
+    """As by ExactLinear, whose θ is the same to the quadrature."""
+    known_answer = case("eight_schools")
+    fits = {}
+    for strategy in (ExactLinear(), Quadrature(nodes=100)):
+        name = type(strategy).__name__
+        with pytest.warns(UserWarning, match=f"{name}: the estimate of tau is zero"):
+            fits[name] = fitted(known_answer.program, known_answer.tasks, strategy)
+        assert fits[name].info["at_zero"] == ["tau"]
+    one, other = (float(fit.globals()["mu"]) for fit in fits.values())
+    assert one == pytest.approx(other, abs=0.02)
 
 
 @pytest.mark.parametrize("nodes", [3, 2.5, 0])

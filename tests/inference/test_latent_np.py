@@ -214,7 +214,7 @@ def test_factors_are_those_of_bayes_rule():
     features = RowFeatures(tasks, classes=0, frequencies=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder = SetEncoder(features, hidden=4, layers=2, size=5).double()
+        encoder = SetEncoder(features, hidden=4, layers=2, size=5, located=True).double()
     nested, flat = (Batch.of(tasks, layout) for layout in ("nested", "flat"))
     found = [encoder(batch) for batch in (nested, flat)]
     for one, other in zip(*found, strict=True):

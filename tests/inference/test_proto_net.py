@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -24,6 +25,7 @@ from hbmeta.inference import (
     ProtoNet,
 )
 from hbmeta.problem import Problem
+from hbmeta.staging import Staged
 from hbmeta.tasks import Clusters, Tasks
 from tests import reference
 from tests.cases import case
@@ -271,6 +273,118 @@ def test_training_does_not_shrink_the_embedding():
         z = torch.func.functional_call(fit.problem.program.network, weights, (x,))
         spreads.append(float(z.std()))
     assert spreads[1] > spreads[0]
+
+
+# Splits that miss a class, under a flat prior
+
+FLAT = models.ClassConditional((8, 2), WAYS, seed=1)
+GONE = labelled(((0, 0, 0), (3, 0, 2), (1, 4, 0)))
+ASKED = labelled(((1, 1, 1), (2, 2, 2), (1, 0, 3)), seed=2)
+
+
+def of_layout(plug_in, layout, support=GONE, query=ASKED):
+    """θ and the loss of a layout under a flat prior."""
+    problem = Problem(FLAT.bind(support), support, layout=layout)
+    batches = problem.batch(support), problem.batch(query)
+    strategy = ProtoNet(plug_in=plug_in)
+    theta = problem.theta(batches[0])
+    return problem, theta, lambda t: strategy.loss(problem, t, None, *batches, {})
+
+
+def masked_loss(problem, plug_in, support, query):
+    """Each task alone: classes without a support point, and their queries, taken away by hand."""
+    out = []
+    for i in range(query.n_tasks):
+        (z, labels), (z_support, known) = (
+            rows(part, i, problem.program.embed) for part in (query, support)
+        )
+        present = sorted(set(known.tolist()))
+        logits = []
+        for k in present:
+            mine = z_support[known == k]
+            spread = 0.5 if plug_in else 0.5 * (1 + 1 / len(mine))
+            squares = ((z - mine.mean(0)) ** 2).sum(1)
+            logits.append(-0.5 * squares / spread - math.log(spread))
+        kept = np.isin(labels, present)
+        if not kept.any():
+            out.append(0.0)
+            continue
+        log_p = np.stack(logits, 1)
+        log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
+        column = [present.index(k) for k in labels[kept]]
+        out.append(-log_p[kept, column].mean())
+    return out
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
+@pytest.mark.parametrize("plug_in", [True, False])
+def test_a_class_that_a_split_misses_is_left_out_of_the_loss(plug_in, layout):
+    problem, theta, loss = of_layout(plug_in, layout)
+    expected = masked_loss(problem, plug_in, GONE, ASKED)
+    np.testing.assert_allclose(loss(theta).detach(), expected, rtol=0, atol=1e-10)
+    assert expected[0] == 0.0
+    assert min(expected[1:]) > 0.0
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
+@pytest.mark.parametrize("plug_in", [True, False])
+def test_a_traced_loss_masks_whatever_classes_a_split_misses(plug_in, layout):
+    """Traced where no class is missing, run where some are: no branch was frozen; no NaN."""
+    full = labelled(((2, 2, 2), (3, 1, 1), (1, 2, 2)), seed=3)
+    problem, theta, _ = of_layout(plug_in, layout)
+    strategy = ProtoNet(plug_in=plug_in)
+    # The same rows, all weighed and then with some weights 0, which is what a random split changes.
+    query = problem.batch(ASKED)
+    batch = problem.batch(full)
+    first = batch.y == 1
+
+    def value_and_gradient(values, weight):
+        with torch.enable_grad():
+            leaves = {n: v.detach().requires_grad_() for n, v in values.items()}
+            total = strategy.loss(problem, leaves, None, replace(batch, weight=weight), query, {})
+            return total, torch.autograd.grad(total.sum(), list(leaves.values()))
+
+    graph = Staged(value_and_gradient, tier="graph")
+    graph(theta, batch.weight)
+    without = torch.where(first, 0.0, batch.weight)
+    for weight in (without, torch.zeros_like(without)):
+        value, gradients = graph(theta, weight)
+        expected, others = value_and_gradient(theta, weight)
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+        for one, other in zip(gradients, others, strict=True):
+            assert bool(torch.isfinite(one).all())
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert float(value.abs().max()) == 0.0
+    known = full.keep(full.flat_y != 1)
+    np.testing.assert_allclose(
+        graph(theta, without)[0], masked_loss(problem, plug_in, known, ASKED), rtol=0, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("plug_in", [True, False])
+def test_training_under_a_flat_prior_on_plain_tasks(plug_in):
+    """Three points of each class, split at random: the loss falls and stays finite."""
+    tasks = Clusters(ways=WAYS, shots=3, queries=1, dtype=torch.float64).sample(20, seed=4).support
+    fit = ProtoNet(plug_in=plug_in).fit(
+        models.ClassConditional((8, 2), WAYS), tasks, steps=60, learning_rate=1e-2,
+        compile=False, progress=False,
+    )  # fmt: skip
+    assert all(math.isfinite(value) for value in fit.history)
+    assert sum(fit.history[-10:]) < sum(fit.history[:10])
+
+
+@pytest.mark.parametrize("plug_in", [True, False])
+def test_a_proper_prior_masks_nothing(plug_in):
+    """A class without points has its prior then, and enters every probability."""
+    model = models.ClassConditional(None, WAYS, prior_scale=1.5)
+    problem = Problem(model.bind(GONE), GONE)
+    support, query = problem.batch(GONE), problem.batch(ASKED)
+    found = ProtoNet(plug_in=plug_in).loss(problem, {}, None, support, query, {}).detach()
+    for i in range(3):
+        z, labels = rows(ASKED, i)
+        p = dense(z, *rows(GONE, i), prior_scale=1.5, plug_in=plug_in)
+        expected = -np.log(p[np.arange(len(z)), labels]).mean()
+        assert float(found[i]) == pytest.approx(expected, abs=1e-10)
 
 
 # What is refused
