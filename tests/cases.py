@@ -427,20 +427,20 @@ _MAKERS: dict[str, Callable[[], Case]] = {
     ),
     "neural_zero": lambda: Case(
         "neural_zero",
-        "Bayesian networks of 10 weights (`NeuralRegression`, mean zero)",
-        models.NeuralRegression((3,), noise=0.3, mean="zero", activation="tanh"),
+        "Bayesian networks of 7 weights (`NeuralRegression`, mean zero)",
+        models.NeuralRegression((2,), noise=0.3, mean="zero", activation="tanh"),
         _waves(),
     ),
     "neural_classifier": lambda: Case(
         "neural_classifier",
         "networks that give the probabilities of classes (`NeuralClassifier`)",
-        models.NeuralClassifier(3, (4,)),
+        models.NeuralClassifier(3, (12,)),
         _clusters(),
     ),
     "latent_process": lambda: Case(
         "latent_process",
         "functions from a decoder of a code per task (`LatentProcess`)",
-        models.LatentProcess(latent=2, hidden=(8,), frequencies=2, noise_floor=0.1),
+        models.LatentProcess(2, (4,), noise=0.3, frequencies=0, linear=False),
         _waves(),
     ),
 }

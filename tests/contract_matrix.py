@@ -39,11 +39,6 @@ ONE_ROW = Refuses(
     "tasks with two rows or more, to split into support and query",
     "one row per task",
 )
-NO_PRIOR = Refuses(
-    "UnsupportedModelError",
-    "a prior for every level-1 parameter",
-    "module parameter 'weight' without one",
-)
 POINTS_APART = Refuses(
     "UnsupportedModelError",
     "a program of the joint layout (keyword `mask`), such as models.GaussianProcess",
@@ -55,12 +50,9 @@ NO_EMBEDDING = Refuses(
     "one of them the label y",
     "observed sites ['y']",
 )
-MANY_FOR_A_GRID = Refuses(
-    "UnsupportedModelError", "at most 3 parameters per task (the grid is a product)", "6"
-)
-# ExactGP, Quadrature and ProtoNet on a regression with up to three parameters per task.
+NO_MAXIMUM = Works("NoPooling: the likelihood has no maximum")
+# ExactGP, Quadrature, ProtoNet and LatentNP on a regression with up to three parameters per task.
 PLAIN = (POINTS_APART, WORKS, NO_EMBEDDING, WORKS)
-AT_ZERO = Works("ExactLinear: the estimate of tau is zero")
 
 
 def _not_quadratic(families: str) -> Refuses:
@@ -71,11 +63,36 @@ def _not_quadratic(families: str) -> Refuses:
     )
 
 
+def _no_prior(parameter: str) -> Refuses:
+    return Refuses(
+        "UnsupportedModelError",
+        "a prior for every level-1 parameter",
+        f"module parameter {parameter!r} without one",
+    )
+
+
+def _many_for_a_grid(size: int) -> Refuses:
+    needed = "at most 3 parameters per task (the grid is a product)"
+    return Refuses("UnsupportedModelError", needed, str(size))
+
+
+def _many_alone(size: int) -> Refuses:
+    needed = "at most 64 parameters per task (the curvature is dense)"
+    return Refuses("UnsupportedModelError", needed, str(size))
+
+
+def _at_zero(strategy: str, site: str) -> Works:
+    return Works(f"{strategy}: the estimate of {site} is zero")
+
+
+def _grid_at_zero(site: str) -> tuple[Works | Refuses, ...]:
+    return (POINTS_APART, _at_zero("Quadrature", site), NO_EMBEDDING, WORKS)
+
+
 def _stays(site: str) -> Works:
     return Works(f"MAML: the loss does not depend on {site}")
 
 
-TODO = (WORKS,) * 10
 # Strategies in the order of STRATEGIES.
 MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
     "linear_given_theta": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
@@ -84,9 +101,18 @@ MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
     "varying_intercepts": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
     "ragged_one_row": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
     "two_coefficients": (WORKS, WORKS, WORKS, _stays("scale"), WORKS, WORKS, *PLAIN),
-    "eight_schools": (WORKS, AT_ZERO, WORKS, ONE_ROW, WORKS, WORKS, *PLAIN),
-    "eight_schools_centered": (WORKS, AT_ZERO, WORKS, ONE_ROW, WORKS, WORKS, *PLAIN),
-    "bernoulli": (WORKS, _not_quadratic("Bernoulli, Normal"), WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "eight_schools": (
+        *(WORKS, _at_zero("ExactLinear", "tau"), WORKS, ONE_ROW, WORKS, WORKS),
+        *(*_grid_at_zero("tau")[:3], ONE_ROW),
+    ),
+    "eight_schools_centered": (
+        *(WORKS, _at_zero("ExactLinear", "tau"), WORKS, ONE_ROW, WORKS, WORKS),
+        *(*_grid_at_zero("tau")[:3], ONE_ROW),
+    ),
+    "bernoulli": (
+        *(WORKS, _not_quadratic("Bernoulli, Normal"), WORKS, WORKS, WORKS, WORKS),
+        *_grid_at_zero("scale"),
+    ),
     "poisson_offset": (
         WORKS,
         _not_quadratic("Normal, Poisson"),
@@ -107,19 +133,36 @@ MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
         WORKS,
         *PLAIN,
     ),
-    "module_parameters": (NO_PRIOR, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "module_parameters": (_no_prior("weight"), WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
     "gaussian_process": (
         *(WORKS, _not_quadratic("MultivariateNormal, Uniform"), WORKS, WORKS, WORKS, WORKS),
         *(WORKS, WORKS, NO_EMBEDDING, WORKS),
     ),
     "gaussian_process_learned": (
         *(WORKS, _not_quadratic("LogNormal, MultivariateNormal"), WORKS),
-        *(_stays("lengthscale_spread"), WORKS, WORKS, WORKS, WORKS, NO_EMBEDDING, WORKS),
+        *(_stays("lengthscale_spread"), WORKS, WORKS, _at_zero("ExactGP", "lengthscale_spread")),
+        *(_at_zero("Quadrature", "lengthscale_spread"), NO_EMBEDDING, WORKS),
     ),
     "class_conditional": (
-        *(WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, POINTS_APART, MANY_FOR_A_GRID, WORKS, WORKS),
+        *(WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, POINTS_APART, _many_for_a_grid(6), WORKS),
+        WORKS,
     ),
-    "neural_regression": TODO, "neural_zero": TODO, "neural_classifier": TODO, "latent_process": TODO,
+    "neural_regression": (
+        *(_no_prior("mean.layer1.weight"), _not_quadratic("Normal"), WORKS, WORKS),
+        *(_many_alone(97), WORKS, POINTS_APART, _many_for_a_grid(97), NO_EMBEDDING, WORKS),
+    ),
+    "neural_zero": (
+        *(WORKS, _not_quadratic("Normal"), WORKS, WORKS, NO_MAXIMUM, WORKS),
+        *(POINTS_APART, _many_for_a_grid(7), NO_EMBEDDING, WORKS),
+    ),
+    "neural_classifier": (
+        *(_no_prior("mean.layer1.weight"), _not_quadratic("Categorical, Normal"), WORKS, WORKS),
+        *(_many_alone(75), WORKS, POINTS_APART, _many_for_a_grid(75), NO_EMBEDDING, WORKS),
+    ),
+    "latent_process": (
+        *(_no_prior("of_x.weight"), _not_quadratic("Normal"), WORKS, WORKS, WORKS, WORKS),
+        *(POINTS_APART, WORKS, NO_EMBEDDING, WORKS),
+    ),
 }
 
 
@@ -141,11 +184,12 @@ outcome is not the one given here.
 
 **works** means that the contract holds: the same seed gives the same answer to the last bit; the
 caller's random state, Pyro's settings and its parameter store are left alone; adapting to new
-tasks does not change θ; the order of support rows does not matter; a task without support gets
-the task prior (exact strategies and the amortized guide) or its location (point estimates), and
-changes nothing for the other tasks; predictions are finite and shaped as y; and where the posterior
-is known and the strategy claims to give it, they agree. **refuses** means that `fit` raises an
-error that says what was needed, what was found and what to do.
+tasks does not change θ; the order of support rows does not matter (but for Bayesian networks under
+NUTS and no pooling, where rounding chooses one of many modes); a task without support gets the
+task prior (exact strategies, the amortized guide and the latent neural process) or its location
+(point estimates), and changes nothing for the other tasks; predictions are finite and shaped as y;
+and where the posterior is known and the strategy claims to give it, they agree. **refuses** means
+that `fit` raises an error that says what was needed, what was found and what to do.
 """
 
 

@@ -11,7 +11,7 @@ import pyro
 import pytest
 import torch
 
-from hbmeta import errors, inference
+from hbmeta import errors, inference, models
 from hbmeta.densities import Delta, Empirical, Gaussian
 from hbmeta.tasks import Tasks
 from tests import contract_matrix, reference
@@ -25,6 +25,12 @@ MEASURED = ("linear_own_nested", "linear_own_flat", "eight_schools", "gamma_pois
 
 # Strategies that do not train by steps.
 CLOSED = ("ExactLinear", "NoPooling", "CompletePooling", "ExactGP", "Quadrature")
+
+# Cases on which L-BFGS takes thousands of evaluations: traced ones are cheaper.
+NETWORKS = ("neural_regression", "neural_zero", "neural_classifier", "latent_process")
+
+# Rounding decides to which of many equal modes or ridges a saddle at φ = 0 is left.
+MANY_MODES = [("NUTS", "neural_zero"), ("NoPooling", "neural_zero")]
 
 each_working_pair = pytest.mark.parametrize(("strategy", "name"), WORKING)
 
@@ -44,10 +50,11 @@ def strategy_of(strategy, name, *, small):
     if strategy == "LatentNP":
         return inference.LatentNP(hidden=16, draws=4), {"steps": 2 if small else 20}
     if strategy == "Quadrature":
-        return inference.Quadrature(nodes=100), {}
+        several = name == "latent_process"
+        return inference.Quadrature(nodes=32 if several else 100), {"compile": several and "graph"}
     if strategy == "ProtoNet":
         return inference.ProtoNet(plug_in=False), {"steps": 2 if small else 20}
-    return getattr(inference, strategy)(), {}
+    return getattr(inference, strategy)(), {"compile": name in NETWORKS and "graph"}
 
 
 def fit(strategy, name, *, small=False):
@@ -66,15 +73,23 @@ fit_once = cache(fit)
 
 
 @contextlib.contextmanager
-def few_draws_allowed():
-    """NUTS warns where new tasks leave few effective draws, as short chains do."""
+def expected_warnings_allowed(fitted):
+    """Short chains of NUTS leave few effective draws.
+
+    The weights of a network have many modes and no finite maximum of the likelihood: there NUTS and
+    NoPooling say so whenever they adapt.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="NUTS.adapt: task")
+        if isinstance(fitted.model, models.NeuralRegression):
+            no_maximum = "NoPooling.adapt: the likelihood has no maximum"
+            for message in ("NUTS.adapt: the draws of task .* are poor", no_maximum):
+                warnings.filterwarnings("ignore", message=message)
         yield
 
 
 def adapt(fitted, support):
-    with few_draws_allowed():
+    with expected_warnings_allowed(fitted):
         return fitted.adapt(support, seed=3)
 
 
@@ -169,7 +184,18 @@ def test_order_of_support_rows_does_not_matter(strategy, name):
         features=tasks.features,
     )
     fitted, _ = fit_once(strategy, name)
-    one, other = tensors_of(adapt(fitted, tasks)), tensors_of(adapt(fitted, turned))
+    posteriors = [adapt(fitted, part) for part in (tasks, turned)]
+    if (strategy, name) in MANY_MODES:
+        # No one answer to agree on: either search went up from the saddle.
+        problem, batch = fitted.problem, fitted.problem.batch(tasks)
+        start = problem.location(fitted.theta, batch)
+        before = problem.log_likelihood(fitted.theta, start, batch)
+        for posterior in posteriors:
+            drawn = posterior.particles(1000)
+            each = problem.particle_log_likelihood(fitted.theta, False, drawn.phi, batch)
+            assert bool((each.amax(0) > before).all())
+        return
+    one, other = map(tensors_of, posteriors)
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-7, atol=1e-9)
 
@@ -188,7 +214,7 @@ def test_adapting_leaves_theta_and_predictions_are_finite(strategy, name):
         assert predictive.mean.shape == predictive.variance.shape == tasks.y.shape
         assert bool((predictive.variance >= 0).all())
     assert bool(torch.isfinite(predictive.log_prob(tasks.y)).all())
-    if not tasks.y.is_floating_point() and not isinstance(posterior.density, Delta):
+    if fitted.problem.classes is not None and not isinstance(posterior.density, Delta):
         with pytest.raises(errors.UnsupportedModelError, match="joint probability of the labels"):
             predictive.log_prob(tasks.y, joint=True)
     else:

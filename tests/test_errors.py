@@ -555,6 +555,13 @@ FUNCTIONS = [
         "prior_scale",
     ),
     kind(
+        "a flat task prior under a bound of the evidence",
+        "a flat one of 'means'",
+        lambda _: AmortizedGuide().fit(classes(), labelled()),
+        "prior_scale",
+        error=UnsupportedModelError,
+    ),
+    kind(
         "an embedding that a likelihood would shrink",
         "'embedding'",
         lambda _: NoPooling().fit(models.ClassConditional((2,), 3, prior_scale=1.0), labelled()),

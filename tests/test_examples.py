@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hbmeta as hb
-from examples import new_strategy, own_frame, own_program
+from examples import new_strategy, own_frame, own_program, three_lenses
 from hbmeta import models, tasks
 from hbmeta.conditional import conditional
 from hbmeta.loading import load
@@ -69,6 +69,15 @@ def test_own_frame(capsys):
     (_, sd, lower, upper), (_, wider, _, _) = (map(float, text.split()) for *_, text in predicted)
     assert 200 < lower < upper < 600
     assert sd < wider
+
+
+def test_three_lenses(capsys):
+    source = Path(three_lenses.__file__).read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 60
+    three_lenses.main(steps=2)
+    printed = capsys.readouterr().out
+    assert [f"{lens} LENS" in printed for lens in ("GRADIENT", "BAYESIAN", "METRIC")] == [True] * 3
+    assert {"waves", "exact", "latent", "bayes-optimal"} <= rows(printed)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ class Budget:
         sampled: how many of them NUTS is run on.
     """
 
-    latent: int = 40_000
+    latent: int = 10_000
     maml: int = 8_000
     draws: int = 1_000
     tasks: int = 400
@@ -92,7 +92,7 @@ def run(
             LatentNP(),
             LatentProcess(),
             family,
-            {"steps": budget.latent, "tasks_per_step": 32},
+            {"steps": budget.latent, "tasks_per_step": 32, "learning_rate": 2e-3},
         ),
         "maml": Plan(
             MAML(steps=5, step_size=0.01),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hbmeta import marginals
 from hbmeta.comparison import compare
+from hbmeta.densities import Delta, Gaussian
 from hbmeta.inference import (
     MAML,
     NUTS,
@@ -122,7 +123,7 @@ def divergences(posteriors: Mapping[str, TaskPosterior]) -> dict[str, tuple[floa
     out = {}
     for name, posterior in posteriors.items():
         m, c = _gaussian(posterior)
-        point = bool((c.abs().amax((-2, -1)) == 0).all())
+        point = isinstance(posterior.density, Delta)
         kl = math.inf if point else float(gaussian_kl(m, c, mean, covariance).mean())
         out[name] = (kl, float(wasserstein2_gaussian(m, c, mean, covariance).mean()))
     return out
@@ -139,8 +140,14 @@ def mean_field_divergence(posterior: TaskPosterior) -> float:
 
 
 def _gaussian(posterior: TaskPosterior) -> tuple[Tensor, Tensor]:
-    """Mean (tasks, p) and covariance (tasks, p, p) of the coefficients."""
-    values, weights = posterior.values(draws=20_000, seed=0)
+    """Mean (tasks, p) and covariance (tasks, p, p) of the coefficients, which are φ itself."""
+    density = posterior.density
+    if isinstance(density, Delta):
+        return density.loc.double(), torch.diag_embed(torch.zeros_like(density.loc.double()))
+    if isinstance(density, Gaussian):
+        root = torch.diag_embed(density.scale) if density.diagonal else density.scale
+        return density.loc.double(), (root @ root.mT).double()
+    values, weights = posterior.values(draws=10**9)
     draws = values["coefficients"].double()
     share = (torch.zeros_like(draws[..., 0]) if weights is None else weights.double()).softmax(0)
     mean = (share.unsqueeze(-1) * draws).sum(0)
