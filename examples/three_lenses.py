@@ -1,6 +1,6 @@
 """Three lenses, each on its own family of tasks, each beside the best that can be done there.
 
-Gradient (MAML) on sine waves, Bayesian (a latent neural process) on functions of a Gaussian process,
+Gradient (MAML) on sine waves, Bayesian (a neural process) on functions of a Gaussian process,
 metric (prototypes) on clusters in the plane. Takes about a minute; more steps bring them closer.
 """
 

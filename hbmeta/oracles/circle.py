@@ -1,14 +1,14 @@
 """The best classifier of clusters around a circle: the turn and the order of the classes unknown.
 
-Model: c_k = R (cos a_k, sin a_k), a_k = a + 2π π(k)/W with a turn a ~ U[0, 2π/W) and a permutation π
-of the W places, all equally likely; x | y = k ~ N(c_k, σ² I₂).
+Model: c_k = R (cos a_k, sin a_k), a_k = a + 2π π(k)/W with a turn a ~ U[0, 2π/W) and a permutation
+π of the W places, all equally likely; x | y = k ~ N(c_k, σ² I₂).
 Answer: with L_k(p, a) = Σ_j log N(x_kj; c(p, a), σ² I₂) over the support of class k,
 
     p(π, a | S) ∝ exp Σ_k L_k(π(k), a),
     p(x | y = k, S) = Σ_{p, a} P(π(k) = p, a | S) N(x; c(p, a), σ² I₂).
 
 The sum over a is the trapezoid rule of a periodic function, whose error falls like
-exp(−2π² s²/h²) with s = σ/(R √(n + 1)) the scale of the angle and h the spacing: 4e-14 at h = 0.8 s.
+exp(−2π² s²/h²) with s = σ/(R √(n + 1)) the scale of the angle, h the spacing: 4e-14 at h = 0.8 s.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-from hbmeta.oracles.circle import circle_logits
-from hbmeta.oracles.checks import check_episode, truth_of
-from hbmeta.oracles.quadrature import gauss_legendre, mass_interval
 from hbmeta.enumeration import no_joint
+from hbmeta.oracles.checks import check_episode, truth_of
+from hbmeta.oracles.circle import circle_logits
+from hbmeta.oracles.quadrature import gauss_legendre, mass_interval
 from hbmeta.predictive import Predictive
 from hbmeta.tasks import Clusters, Episode
 

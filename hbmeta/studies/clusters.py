@@ -2,9 +2,10 @@
 
     x | y = k ~ N(c_ik, σ² I)
 
-Easy: the means c_ik evenly spaced around a circle of radius 2.5, σ = 0.35; every sensible classifier is
-right. Hard: uniform on the disk of that radius, σ = 1.2; classes overlap, and what counts is the
-distance to the Bayes-optimal classifier, which knows the disk and σ and integrates the means out.
+Easy: the means c_ik evenly spaced around a circle of radius 2.5, σ = 0.35; every sensible
+classifier is right. Hard: uniform on the disk of that radius, σ = 1.2; classes overlap, and what
+counts is the distance to the Bayes-optimal classifier, which knows the disk and σ and integrates
+the means out.
 """
 
 from __future__ import annotations
@@ -162,10 +163,10 @@ def _text(lines: Mapping[str, str], budget: Budget) -> str:
     said = {
         "tasks": "5 classes, 5 points of each to learn from, 15 of each to be judged by.",
         "prototypes": "The published rule on the inputs themselves: nearest class mean. With equal "
-        "shots the optimal rule under a flat prior is the same, so that only its confidence is off.",
-        "protonet": f"The same in an embedding 2-64-32 learned in {budget.proto:,} steps of 8 tasks; "
-        "and the Gaussian posterior of the means with σ known and a Gaussian prior of the true "
-        "variance, integrated out.",
+        "shots the best rule under a flat prior is the same, so that only its confidence is off.",
+        "protonet": f"The same in an embedding 2-64-32 learned in {budget.proto:,} steps of 8 "
+        "tasks; and the Gaussian posterior of the means with σ known and a Gaussian prior of the "
+        "true variance, integrated out.",
         "maml": "A classifier 2-64-5, 5 gradient steps from a start learned in "
         f"{budget.maml:,} steps of 25 tasks.",
         "nuts": "Draws of the means of that Gaussian model, which must give what its closed form "

@@ -66,7 +66,7 @@ def run(
     compile: bool | str = "auto",
     budget: Budget | None = None,
 ) -> Outcome:
-    """Trains on tasks of 3 to 20 context points, judges on tasks of 10 context and 30 target points.
+    """Trains on tasks of 3 to 20 points, judges on tasks of 10 points and 30 held-out ones.
 
     Args:
         seed: of the tasks and of the fits.
@@ -168,9 +168,9 @@ def _text(fits: Mapping[str, Fitted], table: Comparison, budget: Budget) -> str:
         "with each task's true ℓ.",
         _NUTS: f"Draws of ℓ. Its posterior means differ from quadrature's by at most {largest:.2f} "
         f"standard errors of Monte Carlo over {n} tasks (below {limit:.2f} in 999 of 1,000 runs).",
-        _LATENT: f"z of 32 numbers, trained for {budget.latent:,} steps of 32 tasks in {seconds:.0f} s; "
-        f"training loss per target {first:.3f} in the first tenth, {last:.3f} in the last. Behind "
-        f"the exact one by {gaps[0]} nats per target, {gaps[1]} jointly.",
+        _LATENT: f"z of 32 numbers, trained for {budget.latent:,} steps of 32 tasks in "
+        f"{seconds:.0f} s; training loss per target {first:.3f} in the first tenth, {last:.3f} in "
+        f"the last. Behind the exact one by {gaps[0]} nats per target, {gaps[1]} jointly.",
         "maml": "A network 1-40-40-1, 5 gradient steps from a start learned in "
         f"{budget.maml:,} steps of 25 tasks of {_CONTEXT} points; noise √½, so that the loss is "
         "the squared error.",
@@ -179,7 +179,8 @@ def _text(fits: Mapping[str, Fitted], table: Comparison, budget: Budget) -> str:
 
 
 def _gap(score: Score) -> str:
-    assert score.difference is not None and score.difference_error is not None
+    assert score.difference is not None
+    assert score.difference_error is not None
     return f"{score.difference:.3f} ± {score.difference_error:.3f}"
 
 

@@ -4,8 +4,8 @@
 
 with μ, Σ and the noise known, so that p(φ_i | S_i) is a Gaussian in closed form and what is seen is
 the approximation of φ alone. In theory a point has infinite divergence from it; the best factorised
-Gaussian has the right mean and variances 1/Λ_jj, too small where the precision Λ is no diagonal;
-a full Gaussian that one network gives for every task is off by the network; an exact one by nothing.
+Gaussian has the right mean and variances 1/Λ_jj, too small where the precision Λ is no diagonal; a
+full Gaussian that one network gives for every task is off by the network; an exact one by nothing.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def divergences(posteriors: Mapping[str, TaskPosterior]) -> dict[str, tuple[floa
 
 
 def mean_field_divergence(posterior: TaskPosterior) -> float:
-    """KL of the best factorised Gaussian from a Gaussian with precision Λ, mean over tasks, in nats.
+    """KL of the best factorised Gaussian from a Gaussian of precision Λ, mean over tasks, in nats.
 
     N(m, diag(1/Λ_jj)) minimises KL(q ‖ p), at ½ (log Π_j Λ_jj − log |Λ|) (Bishop 2006, §10.1.2).
     """

@@ -23,12 +23,14 @@ __all__ = ["Clusters", "Placement"]
 class Clusters:
     """Classes that are round Gaussian clusters, their means uniform on a disk or around a circle.
 
+    x_ij | y_ij = k ~ N(c_ik, noise² I₂). Every class has as many rows as every other, shuffled
+    within its task, so that the order of the rows says nothing about y.
+
     On the disk c_ik is uniform, independently of the others (its radius is R √u, u ~ U(0, 1)), so
     that means of a task often lie close together: at the defaults even the classifier that knows
-    them is right for 88.5 % of points. On the circle the means are evenly spaced at radius R, turned by
-    a common angle, in random order. (The account that describes the disk, and reports an accuracy of
-    1.00, was computed on the circle.) x_ij | y_ij = k ~ N(c_ik, noise² I₂). Every class has as many rows as every other, shuffled
-    within its task, so that the order of the rows says nothing about y.
+    them is right for only 88.5 % of points. On the circle the means are evenly spaced at radius R,
+    turned by a common angle, in random order. (The account that describes the disk, and reports an
+    accuracy of 1.00, was computed on the circle.)
 
     `hbmeta.oracles.known_clusters` is the classifier that knows the means, and
     `hbmeta.oracles.bayes_clusters` the best one that sees the support only.
