@@ -121,10 +121,12 @@ class Empirical:
     Attributes:
         phi: (draws, tasks, phi_size).
         log_weights: (draws, tasks), normalised or not; None for equal weights.
+        nodes: whether they are nodes of a grid, of which none may be left out.
     """
 
     phi: Tensor
     log_weights: Tensor | None = None
+    nodes: bool = False
 
     @property
     def weights(self) -> Tensor:
@@ -161,7 +163,7 @@ class Empirical:
     def select(self, positions: Tensor) -> Empirical:
         """The draws of some of the tasks."""
         weights = None if self.log_weights is None else self.log_weights[:, positions]
-        return Empirical(self.phi[:, positions], weights)
+        return Empirical(self.phi[:, positions], weights, self.nodes)
 
 
 Density = Delta | Gaussian | Empirical

@@ -209,7 +209,7 @@ class Fitted:
         if self.density is not None:
             kind = type(self.density).__name__
             for name, value in vars(self.density).items():
-                if value is not None:
+                if isinstance(value, Tensor):
                     tensors[f"density/{name}"] = value
         info: dict[str, Any] = {}
         for name, value in self.info.items():

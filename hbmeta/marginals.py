@@ -20,10 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from scipy.interpolate import PchipInterpolator
 from scipy.stats import gaussian_kde
 
 from hbmeta.components import linear_columns, probes
-from hbmeta.densities import Gaussian
+from hbmeta.densities import Empirical, Gaussian
 from hbmeta.drawing import View, common_site, coordinate_name, coordinate_values, view_of
 from hbmeta.errors import DataError
 from hbmeta.posterior import TaskPosterior
@@ -46,12 +47,14 @@ class _Shape:
         covariance: (c, c); zero for a point.
         draws: (n, c), or None where the two above say all.
         weights: (n,) of the draws, summing to 1.
+        nodes: whether the draws are all nodes of a grid in one dimension.
     """
 
     mean: Floats
     covariance: Floats
     draws: Floats | None = None
     weights: Floats | None = None
+    nodes: bool = False
 
     def sd(self, i: int) -> float:
         return math.sqrt(self.covariance[i, i])
@@ -76,6 +79,13 @@ class _Shape:
         if self.draws is None:
             z = (x - self.mean[i]) / self.sd(i)
             return x, np.exp(-0.5 * z**2) / (self.sd(i) * math.sqrt(2 * math.pi))
+        if self.nodes and self.weights is not None:
+            # The mass of a node over the width of its cell, which ends halfway to its neighbours.
+            order = np.argsort(self.draws[:, i])
+            at, mass = self.draws[order, i], self.weights[order]
+            ends = np.concatenate([at[:1], 0.5 * (at[1:] + at[:-1]), at[-1:]])
+            height = PchipInterpolator(at, mass / np.diff(ends), extrapolate=False)(x)
+            return x, np.nan_to_num(height)
         return x, gaussian_kde(self.draws[:, i], weights=self.weights)(x)
 
 
@@ -292,4 +302,6 @@ def _shape_of(
     if n > _SMOOTHED and log_weights is None:  # thinned evenly; weighted draws carry too little
         kept = np.linspace(0, n - 1, _SMOOTHED).round().astype(int)
         values, weights = values[kept], np.full(_SMOOTHED, 1.0 / _SMOOTHED)
-    return _Shape(mean, covariance, values, weights)
+    nodes = isinstance(one.density, Empirical) and one.density.nodes
+    nodes = nodes and one.density.mean.shape[-1] == 1
+    return _Shape(mean, covariance, values, weights, nodes)

@@ -95,7 +95,10 @@ class TaskPosterior:
         )
 
     def particles(self, draws: int = 1000, seed: int = 0) -> Particles:
-        """At most `draws` stored draws of (θ, φ), evenly thinned, or fresh ones of a Gaussian."""
+        """At most `draws` stored draws of (θ, φ), evenly thinned, or fresh ones of a Gaussian.
+
+        Nodes of a grid come whole.
+        """
         draws = check_count(draws, "draws", where="posterior")
         density = self.density
         if isinstance(density, Delta):
@@ -105,7 +108,8 @@ class TaskPosterior:
             shape = (draws, *density.loc.shape)
             noise = torch.randn(shape, generator=generator, dtype=torch.float64)
             return Particles(self.theta, False, density.draw(noise.to(density.loc)), None)
-        kept = _thin(density.phi.shape[0], draws)
+        stored = density.phi.shape[0]
+        kept = _thin(stored, stored if density.nodes else draws)
         weights = None if density.log_weights is None else density.log_weights[kept]
         return Particles(self._theta_at(kept), self.drawn, density.phi[kept], weights)
 

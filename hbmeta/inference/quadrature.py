@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +28,7 @@ from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.evidence import maximise_evidence
 from hbmeta.feeding import training_tasks
 from hbmeta.inference.strategy import Strategy
-from hbmeta.posterior import Particles, TaskPosterior
+from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
@@ -141,7 +140,7 @@ class Quadrature(Strategy):
                 f"Raise nodes (now {self._count(problem)}).",
                 stacklevel=3,
             )
-        return _OnNodes(
+        return TaskPosterior(
             problem,
             fitted.theta,
             density,
@@ -156,7 +155,7 @@ class Quadrature(Strategy):
         """Weighted nodes per task; where nothing differs between tasks, the empty φ."""
         if not problem.sites.locals:
             return Delta(problem.location(theta, support))
-        return Empirical(*self._weighted(problem, theta, support))
+        return Empirical(*self._weighted(problem, theta, support), nodes=True)
 
     def _count(self, problem: Problem) -> int:
         return self.nodes or _NODES[max(problem.sites.phi_size, 1)]
@@ -185,24 +184,6 @@ class Quadrature(Strategy):
         chunk = max(1, _NUMBERS // cells)
         parts = [torch.vmap(log_joint)(piece) for piece in phi.split(chunk)]
         return phi, torch.cat(parts) + log_w.unsqueeze(1) + volume
-
-
-class _OnNodes(TaskPosterior):
-    """A posterior whose weighted points are nodes of a grid: none may be left out."""
-
-    def particles(self, draws: int = 1000, seed: int = 0) -> Particles:
-        """All nodes, however many draws are asked for."""
-        density = self.density
-        if not isinstance(density, Empirical):
-            return super().particles(draws, seed)
-        return Particles(self.theta, False, density.phi, density.log_weights)
-
-    def select(self, ids: Iterable[Any]) -> TaskPosterior:
-        """The posterior of some of the tasks, by id."""
-        part = super().select(ids)
-        return _OnNodes(
-            part.problem, part.theta, part.density, part.support, info=part.info, units=part.units
-        )
 
 
 def _grid(count: int, size: int) -> tuple[Tensor, Tensor]:
