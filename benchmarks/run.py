@@ -1,9 +1,9 @@
 """Runs the benchmarks, prints their tables and keeps them under benchmarks/results.
 
-    python -m benchmarks.run [staging] [references] [--quick]
+    python -m benchmarks.run [staging] [references] [studies] [--quick]
 
 `references` needs the stored reference posteriors ($HBMETA_DATA or ../shared/data) and says so
-where they are missing. Each runs in a process of its own.
+where they are missing; `studies` takes a quarter of an hour. Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.programs import data_folder
 from hbmeta.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("staging", "references")
+NAMES = ("staging", "references", "studies")
 
 
 def run(name: str, extra: list[str]) -> int:
