@@ -32,7 +32,7 @@ class ExactGP(Quadrature):
     `hbmeta.oracles.known_kernel`.
 
     Args:
-        nodes: per hyperparameter; by default 64, 32 and 16 for one, two and three of them.
+        nodes: per hyperparameter; by default 64, 48 and 16 for one, two and three of them.
         prior: add log p(θ) to the evidence.
     Raises:
         UnsupportedModelError: a program whose points are independent given φ, more than three

@@ -37,7 +37,7 @@ from hbmeta.training import Learned, Options
 __all__ = ["Quadrature"]
 
 _MOST = 3
-_NODES = {1: 64, 2: 32, 3: 16}
+_NODES = {1: 64, 2: 48, 3: 16}
 # Gauss–Legendre converges geometrically once it resolves the posterior, err(2n) ≈ err(n)². The
 # change against half the nodes is the error of the half, so that below 0.1 the grid's own is as a
 # rule below 0.1² (Gaussian posteriors, changes of 0.05 to 0.1 nats: 1e-4 in the median, 0.06 in the
@@ -59,7 +59,7 @@ class Quadrature(Strategy):
     a warning.
 
     Args:
-        nodes: per entry of φ; by default 64, 32 and 16 for one, two and three entries.
+        nodes: per entry of φ; by default 64, 48 and 16 for one, two and three entries.
         prior: add log p(θ) to the evidence.
     Raises:
         UnsupportedModelError: more than three entries of φ.

@@ -282,7 +282,7 @@ def test_two_hyperparameters_equal_a_dense_grid():
     support, query = one_task(X_C, Y_C), one_task(X_T, Y_T)
     model = models.GaussianProcess("rbf", lengthscale=(0.5, 1.5), scale=(0.5, 2.0), noise=0.1)
     posterior = fitted(model, support).adapt(support)
-    assert posterior.density.phi.shape == (32 * 32, 1, 2)
+    assert posterior.density.phi.shape == (48 * 48, 1, 2)
     ell, scale = (low + (high - low) * (np.arange(300) + 0.5) / 300 for low, high in
                   ((0.5, 1.5), (0.5, 2.0)))  # fmt: skip
     both = np.zeros((300, 300))
@@ -313,13 +313,13 @@ def test_no_node_is_left_out_however_few_draws_are_asked_for():
     whole = posterior.predict(query, draws=10_000)
     for posterior_of, rows in ((posterior, query), (posterior.select(["c"]), query.select(["c"]))):
         few = posterior_of.predict(rows, draws=7)
-        assert few.n_draws == 1024
+        assert few.n_draws == 48**2
         joint = whole.log_prob(query.y, joint=True)
         found = few.log_prob(rows.y, joint=True)
         expected = joint if len(rows.ids) > 1 else joint[2:3]
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     values, weights = posterior.values(draws=5)
-    assert values["lengthscale"].shape == weights.shape == (1024, 4)
+    assert values["lengthscale"].shape == weights.shape == (48**2, 4)
     mean = posterior.moments(draws=5)["scale"][0]
     torch.testing.assert_close(mean, (weights.softmax(0) * values["scale"]).sum(0))
     # 4,000 draws with equal weights: their means within 5 standard errors, 1e-6 for each of 8.

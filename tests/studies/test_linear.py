@@ -44,7 +44,7 @@ def test_points_have_no_spread_and_references_have_the_right_one(outcome):
 
 @pytest.mark.slow
 def test_divergences_order_the_strategies_as_theory_says():
-    budget = replace(TINY, guide=3_000, tasks=60)
+    budget = replace(TINY, guide=3_000, tasks=40)
     with pytest.MonkeyPatch.context() as patch:
         found = {}
         patch.setattr(linear, "_text", lambda values, *_: found.update(values) or "")
