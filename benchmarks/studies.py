@@ -20,12 +20,13 @@ ORDER = ("linear", "clusters", "gp", "sinusoid")
 def main() -> None:
     """Runs all studies, one after another."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which; all by default")
     parser.add_argument("--figures", type=Path, help="folder for figures and tables")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"# Families with known truth\n\n{describe(arguments.seed)}")
-    for name in ORDER:
+    for name in arguments.names or ORDER:
         outcome = STUDIES[name](
             seed=arguments.seed, say=lambda line: print(line, file=sys.stderr, flush=True)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
 import sys
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         default=list(STRATEGIES),
         help=f"which to fit, of {', '.join(STRATEGIES)} (all)",
     )
-    run.add_argument("--seed", type=int, default=0, help="of the split and of every fit (0)")
+    run.add_argument("--seed", type=_seed, default=0, help="of the split and of every fit (0)")
     run.add_argument("--quick", action="store_true", help="a fifth of the work, for a first look")
     run.add_argument("--out", metavar="DIR", type=Path, help="folder for tables, draws, figures")
     run.add_argument("--json", action="store_true", help="print JSON in place of tables")
@@ -155,6 +156,14 @@ def _amount(text: str) -> float | int:
     raise argparse.ArgumentTypeError(
         f"needed a share such as 0.8 or a whole number such as 20; found {text!r}"
     )
+
+
+def _seed(text: str) -> int:
+    # Studies draw their tasks with seeds that are this one plus a constant.
+    with contextlib.suppress(ValueError):
+        if 0 <= int(text) < 2**31:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"needed a whole number from 0 to 2³¹ − 1; found {text!r}")
 
 
 # The command
@@ -181,6 +190,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    _check_source(arguments.data)
     choices = _choices(arguments)
     data, model, labels = _radon(arguments) if arguments.data == "radon" else _table(arguments)
     known, new = data.split(
@@ -216,6 +226,19 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(_report(data, known, new, tables, found))
     if arguments.out is not None:
         write(arguments.out, fits, tables, f"{model.varying[0]}, by {labels['group'][0]}")
+
+
+def _check_source(name: str) -> None:
+    """Refuses what is no file and looks like the misspelt name of a study."""
+    known = ["radon", *STUDIES]
+    near = difflib.get_close_matches(name, known, n=1)
+    if near and name not in known and not Path(name).exists():
+        raise FileError(
+            name,
+            needed=f"a study ({', '.join(known)}) or a CSV file",
+            found="no such study or file",
+            do=f"Did you mean {near[0]!r}?",
+        )
 
 
 def _can_write(folder: Path | None) -> None:

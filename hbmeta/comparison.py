@@ -99,6 +99,9 @@ def compare(
     leaks = {name: text for name, fitted in fits.items() if (text := _leak(fitted, episode))}
     notes = [f"{name}: {text}" for name, text in leaks.items()]
     notes += [f"{name}: {text}" for name, fitted in fits.items() if (text := _moving(fitted))]
+    for name, fitted in fits.items():
+        if name != reference and "divergences" in fitted.info:
+            notes += [f"{name}: {text.rstrip('.')}" for text in trouble(fitted.info)]
     if baseline is None:
         honest = {name: tables[name] for name in fits if name not in leaks}
         baseline = reference if reference in honest else _lowest(honest)
@@ -201,11 +204,12 @@ def _check_arguments(fits: Mapping[str, Fitted], levels: Sequence[float], draws:
                 do="Call strategy.fit(model, tasks) first.",
             )
     check_count(draws, "draws", where=_WHERE)
-    if not all(isinstance(level, float) and 0.0 < level < 1.0 for level in levels):
+    several = isinstance(levels, Sequence | np.ndarray) and np.ndim(levels) == 1
+    if not several or not all(isinstance(p, float) and 0.0 < p < 1.0 for p in levels):
         raise DataError(
             _WHERE,
-            needed="levels between 0 and 1",
-            found=f"levels={tuple(levels)}",
+            needed="levels between 0 and 1, in a tuple",
+            found=f"levels={levels!r}",
             do="Pass levels=(0.5, 0.9).",
         )
 

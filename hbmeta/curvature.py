@@ -6,7 +6,7 @@ A second-order expansion at the mode φ̂ gives N(φ̂, (−H)⁻¹) and
 
     log p(S_i | θ) ≈ f_i(φ̂) + (phi_size/2) log 2π − ½ log det(−H_i),
 
-both exact where f_i is quadratic (linear-Gaussian programs; REFERENCE of MacKay 1992, eq. 2.9).
+both exact where f_i is quadratic (linear-Gaussian programs; MacKay 1992, eq. 2.9).
 """
 
 from __future__ import annotations

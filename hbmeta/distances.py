@@ -131,6 +131,8 @@ def given_theta(
     maximum's, few effective draws), else empty.
     """
     problem = fitted.problem
+    if not problem.sites.locals:
+        return None, "nothing differs between tasks"
     tasks = support.to(device=problem.device, dtype=problem.dtype)
     try:
         density, info = conditional(

@@ -24,6 +24,9 @@ from hbmeta.training import Options, prior_scales
 _AT_ZERO = 1e-3
 _POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "LogNormal")
 
+# A slope of this many nats per row is no rounding.
+_STEEP = 1e-3
+
 __all__ = ["Maximum", "maximise_evidence"]
 
 
@@ -86,6 +89,13 @@ def maximise_evidence(
     first = torch.zeros(sum(sizes), dtype=problem.dtype, device=problem.device)
     found = minimise(objective, first, where=f"{where}.fit", tier=options.tier)
     theta = {name: value.detach() for name, value in unpack(found.point).items()}
+    if not found.converged and found.steepest > _STEEP:
+        warnings.warn(
+            f"{where}: the search for θ stopped where the evidence still rises "
+            f"({found.steepest:.2g} nats per row and unit of a prior's scale). Standardise x "
+            "and y, or use float64.",
+            stacklevel=4,
+        )
     at_zero = _at_zero(problem, theta, start)
     if at_zero:
         warnings.warn(

@@ -16,6 +16,7 @@ from hbmeta.densities import Delta, Empirical, Gaussian
 from hbmeta.errors import DataError, FileError, HbmetaError, UnsupportedModelError
 from hbmeta.files import write_tensors
 from hbmeta.models import HierarchicalModel
+from hbmeta.models.responses import check_like_fit
 from hbmeta.posterior import TaskPosterior, Units
 from hbmeta.problem import Problem
 from hbmeta.program import Program, Theta
@@ -114,14 +115,15 @@ class Fitted:
             seed: for strategies that draw.
             overrides: settings of the strategy to change for this call, such as steps=10 for MAML.
         Raises:
-            DataError: the support is no tasks with y, its features are not those of the fit, or a
-                setting has no such name.
+            DataError: the support is no tasks with y, its features are not those of the fit, y is
+                of another kind or outside the response, or a setting has no such name.
         """
         tasks = support.support if isinstance(support, TaskSet) else support
         self._check_support(tasks)
         seed = check_seed(seed, where="adapt")
         strategy = self.strategy.replaced(**overrides)
         tasks = tasks.to(device=self.problem.device, dtype=self.problem.dtype)
+        self._check_y(tasks)
         return strategy.adapt(self, tasks, seed)
 
     def posterior_of(self, support: Tasks) -> TaskPosterior:
@@ -272,6 +274,17 @@ class Fitted:
                 found=f"{tasks!r}",
                 do="Build the tasks with y; those without data have no rows, tasks.keep(...).",
             )
+
+    def _check_y(self, tasks: Tasks) -> None:
+        if tasks.n_points == 0 or self.tasks.flat_y is None:
+            return
+        response = None
+        if self.problem.layout != "joint":
+            with torch.no_grad():
+                batch = self.problem.batch(tasks)
+                theta = self.problem.theta(batch) if self.drawn else self.theta
+                response = self.problem.response(theta, {}, batch)
+        check_like_fit(tasks, self.tasks.flat_y, response, where="adapt")
 
 
 def _rows_of(tasks: Tasks) -> tuple[torch.dtype, list[list[float]]]:

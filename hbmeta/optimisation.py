@@ -17,13 +17,23 @@ __all__ = ["Minimum", "minimise"]
 
 
 class Minimum(NamedTuple):
-    """Where a function is smallest: the point, its value, evaluations and seconds of staging."""
+    """Where a function is smallest.
+
+    Attributes:
+        point: the vector.
+        value: of the function there.
+        evaluations: how many it took.
+        converged: whether the search met its tolerance, without a value that was not finite.
+        seconds_staging: of tracing and compiling.
+        steepest: largest entry of the gradient at the point.
+    """
 
     point: Tensor
     value: float
     evaluations: int
     converged: bool
     seconds_staging: float
+    steepest: float
 
 
 def minimise(
@@ -64,10 +74,14 @@ def minimise(
             do="Standardise x and y, or check the program's priors.",
         )
 
+    stumbled = False
+
     def objective(point: Any) -> tuple[float, Any]:
+        nonlocal stumbled
         value, gradient = staged(torch.from_numpy(point).to(start))
         value = float(value)
         if not np.isfinite(value):
+            stumbled = True
             return 1e300, np.zeros_like(point)
         return value, gradient.double().cpu().numpy()
 
@@ -85,6 +99,9 @@ def minimise(
         },
     )
     point = torch.from_numpy(found.x).to(start)
+    # A search that met infinity stops where its line search gave up, and calls that convergence.
+    steepest = float(np.abs(found.jac).max())
+    converged = bool(found.success) and (not stumbled or steepest < 1e-3)
     return Minimum(
-        point, float(found.fun), int(found.nfev), bool(found.success), staged.seconds_staging
+        point, float(found.fun), int(found.nfev), converged, staged.seconds_staging, steepest
     )

@@ -65,11 +65,7 @@ def bands(
     """
     _check(predictives, "bands")
     task = support.ids[0] if task is None else task
-    levels = sorted((float(level) for level in levels), reverse=True)
-    if not all(0.0 < level < 1.0 for level in levels):
-        raise DataError(
-            "bands", needed="levels between 0 and 1", found=f"{levels}", do="Pass (0.5, 0.9)."
-        )
+    levels = _levels(levels)
     curves = {name: _curve(name, xy) for name, xy in (truth or {}).items()}
     first = next(iter(predictives.values()))
     points = {
@@ -312,6 +308,30 @@ def learning_curves(fits: Mapping[str, Fitted], window: int | None = None) -> Fi
 def _check(given: Mapping[str, Any], where: str) -> None:
     if not given:
         raise DataError(where, needed="one or more by name", found="none", do="Pass a mapping.")
+    values = given if isinstance(given, Mapping) else {"": given}
+    other = [
+        f"{type(v).__name__} {n!r}" for n, v in values.items() if not isinstance(v, Predictive)
+    ]
+    if other or not isinstance(given, Mapping):
+        raise DataError(
+            where,
+            needed="predictives by name",
+            found=other[0] if other else type(given).__name__,
+            do='Pass {"a": posterior.predict(grid)}; of a fit, posterior = fitted.adapt(support).',
+        )
+
+
+def _levels(given: Any) -> list[float]:
+    """Probabilities of intervals, the widest first."""
+    try:
+        levels = sorted((float(level) for level in given), reverse=True)
+    except (TypeError, ValueError):
+        levels = [math.nan]
+    if not all(0.0 < level < 1.0 for level in levels):
+        raise DataError(
+            "bands", needed="levels between 0 and 1", found=f"{given!r}", do="Pass (0.5, 0.9)."
+        )
+    return levels
 
 
 def _rows(predictive: Predictive, task: Any, n_features: int, name: str) -> Tensor:

@@ -215,12 +215,19 @@ class Problem:
             return both - self.log_likelihood(theta, phi, support)
         if self.classes is None:
             return self.log_likelihood(theta, phi, query)
-        assert query.y is not None
+        cells = self._class_log_prob(theta, phi, query)
+        return query.per_task(torch.where(query.mask, cells, torch.zeros_like(cells)))
+
+    def _class_log_prob(
+        self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch
+    ) -> Tensor:
+        """(*cells) log p(y | the rest, φ, θ), by enumeration of y."""
+        assert batch.y is not None
+        assert self.classes is not None
         # Normalised cell by cell: the difference of two sums over cells would lose digits.
-        cells = class_cells(self, theta, self._sites_of(phi), query).log_softmax(-1)
-        chosen = query.y.unsqueeze(-1) == torch.arange(self.classes, device=cells.device)
-        total = torch.where(chosen & query.mask.unsqueeze(-1), cells, torch.zeros_like(cells))
-        return query.per_task(total.sum(-1))
+        cells = class_cells(self, theta, self._sites_of(phi), batch).log_softmax(-1)
+        chosen = batch.y.unsqueeze(-1) == torch.arange(self.classes, device=cells.device)
+        return torch.where(chosen, cells, torch.zeros_like(cells)).sum(-1)
 
     @functools.cached_property
     def moving_observation(self) -> str | None:
@@ -301,12 +308,16 @@ class Problem:
         """(draws, *cells) log p(y | φ, θ) of every cell; those of masked cells mean nothing.
 
         Where points depend on each other given φ, log p(y_j | the other points of the task, φ, θ),
-        which is what leave-one-out by importance sampling needs (Bürkner et al. 2021).
+        which is what leave-one-out by importance sampling needs (Bürkner et al. 2021). Where a
+        program observes more than y at a point, log p(y | the rest, φ, θ) by enumeration of y: what
+        predictions are judged by, so that programs of y alone compare.
         """
         if self.layout == "joint":
             return leave_one_out(self.particle_response(theta, drawn, phi, batch), batch)
 
         def cells(t: Theta, p: Tensor) -> Tensor:
+            if self.classes is not None:
+                return self._class_log_prob(t, p, batch)
             found = self.run(t, self.sites.from_vector(p), batch, with_y=True).log_likelihood
             assert found is not None
             return found

@@ -153,7 +153,10 @@ class Comparison:
     def _column(self, key: str) -> list[str]:
         found = [row.scores.get(key) for row in self.rows]
         digits = digits_for([s.standard_error for s in found if s is not None])
-        best = self.best(key) if len(self.rows) > 1 else None
+        # The best of one is no finding, nor is the best of those that happen to have the score.
+        judged = [row for row in self.rows if not (row.is_oracle or row.saw_query)]
+        common = len(judged) > 1 and all(key in row.scores for row in judged)
+        best = self.best(key) if common else None
         cells = []
         for row, score in zip(self.rows, found, strict=True):
             if score is None:

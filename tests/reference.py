@@ -38,7 +38,7 @@ def least_squares(X, y):
 
 
 def type_two(means, counts, noise_variance):
-    """(μ̂, τ̂², negative log-likelihood of the means): the score's root, or 0 (REFERENCE §5.4)."""
+    """(μ̂, τ̂², negative log-likelihood of the means): the score's root, or 0."""
     y, error = np.asarray(means, float), noise_variance / np.asarray(counts, float)
 
     def mean_at(variance):
@@ -66,7 +66,7 @@ def map_estimate(hessian, optimum, prior_mean, precision):
 
 
 def implied_precision(hessian, preconditioner, steps):
-    """Λ = H M (I − M)⁻¹ with M = (I − P H)^N, densely (REFERENCE §5.3)."""
+    """Λ = H M (I − M)⁻¹ with M = (I − P H)^N, densely."""
     identity = np.eye(len(hessian))
     m = np.linalg.matrix_power(identity - preconditioner @ hessian, steps)
     return hessian @ m @ np.linalg.inv(identity - m)

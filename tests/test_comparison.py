@@ -416,6 +416,8 @@ def test_arguments_that_cannot_be_used(fits, data):
         compare(fits, data, reference="nutz")
     with pytest.raises(DataError, match="levels between 0 and 1"):
         compare(fits, data, levels=(90,))
+    with pytest.raises(DataError, match=r"levels between 0 and 1.*found levels=0\.9"):
+        compare(fits, data, levels=0.9)
     with pytest.raises(DataError, match="support and query"):
         compare(fits, data.support)
 

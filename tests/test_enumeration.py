@@ -101,6 +101,20 @@ def test_cells_are_the_joint_densities_of_every_class(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["nested", "flat"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_log_likelihood_by_row_is_what_a_point_predicts(layout, dtype):
+    """With φ at a point: log p(y | z, φ), not the joint density of y and z."""
+    tasks = labelled(dtype=dtype)
+    point = posterior(Delta(draws(1)[0]), layout=layout, tasks=tasks)
+    found, _ = point.log_likelihood()
+    assert found.shape == (1, tasks.n_points)
+    probabilities = point.predict(tasks).probabilities
+    labels = tasks.flat_y.long().unsqueeze(-1)
+    expected = tasks.unpad(probabilities).gather(-1, labels).log().squeeze(-1)
+    torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_row_s_own_embedding_weighs_the_draws(weighted, layout):
     """Σ_s w_s p(k, z | φ_s) / Σ_s w_s p(z | φ_s), and all rows of a task together likewise."""

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import hbmeta.training
+from hbmeta import models
 from hbmeta.errors import DataError, FileError
 from hbmeta.feeding import Feed
 from hbmeta.fitted import Fitted, Seconds
-from hbmeta.inference import MAML, AmortizedGuide
+from hbmeta.inference import MAML, AmortizedGuide, ProtoNet
 from hbmeta.posterior import Units
 from hbmeta.tasks import Tasks
 from tests import fits
@@ -115,6 +116,43 @@ def test_other_features_are_refused():
     tasks = Tasks(torch.ones(1, 2, 1), torch.ones(1, 2), features=["days"])
     with pytest.raises(DataError, match=r"the features of the fit, \['hours'\]"):
         fits.fitted("MAML").adapt(tasks)
+
+
+CLASSES = Tasks(torch.tensor([[[0.0], [1.0], [2.0]]]), torch.tensor([[0, 1, 2]]), ids=["known"])
+FAMILIES = {
+    "classes": lambda: ProtoNet().fit(
+        models.ClassConditional(None, 3), CLASSES, steps=1, compile=False, progress=False
+    ),
+    "network": lambda: MAML(steps=1).fit(
+        models.NeuralClassifier(3, hidden=(2,)), CLASSES, steps=1, compile=False, progress=False
+    ),
+    "numbers": lambda: fits.fitted("NUTS"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "y", "words"),
+    [
+        ("classes", [0, 1, 3], "from 0 to 2 .*found 3 in task 'new'"),
+        ("classes", [0.0, 1.0, 0.5], "from 0 to 2 .*found 0.5 in task 'new'"),
+        ("network", [0, 1, 3], "from 0 to 2 .*found 3 in task 'new'"),
+        ("network", [-1.0, 1.0, 2.0], "from 0 to 2 .*found -1.0 in task 'new'"),
+        ("numbers", [0, 1, 3], "real numbers as y.*found 0 in task 'new'"),
+    ],
+)
+def test_y_that_the_fit_could_not_have_is_refused(family, y, words):
+    fitted = FAMILIES[family]()
+    x, features = torch.zeros(1, 3, 1), fitted.tasks.features
+    support = Tasks(x, torch.tensor([y]), ids=["new"], features=features)
+    with pytest.raises(DataError, match=words):
+        fitted.adapt(support)
+
+
+def test_labels_of_a_support_may_be_of_any_dtype():
+    fitted = FAMILIES["classes"]()
+    first = fitted.adapt(CLASSES).density.loc
+    single = Tasks(CLASSES.x, CLASSES.y.float(), ids=["known"])
+    assert torch.equal(first, fitted.adapt(single).density.loc)
 
 
 def test_the_dtype_of_the_support_does_not_matter():

@@ -53,7 +53,7 @@ def fixed(family):
 
 
 def test_known_kernel_gives_the_numbers_of_the_literature():
-    """REFERENCE T7: computed in NumPy, independently of hbmeta."""
+    """Computed in NumPy, independently of hbmeta."""
     family = GaussianProcessTasks(lengthscale=1.0, scale=1.0, noise=0.1)
     episode = one_task([-1, 0, 1.5], [0.5, -0.2, 1.0], [-0.5, 1.0], [0.1, 0.7])
     truth = {

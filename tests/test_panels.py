@@ -300,6 +300,12 @@ def test_what_cannot_be_drawn_is_refused(posteriors):
         panels.bands(good, SUPPORT, task="z")
     with pytest.raises(DataError, match="levels between 0 and 1"):
         panels.bands(good, SUPPORT, levels=(90,))
+    with pytest.raises(DataError, match=r"levels between 0 and 1; found 0\.9"):
+        panels.bands(good, SUPPORT, levels=0.9)
+    with pytest.raises(DataError, match=r"found Fitted 'a'.*posterior\.predict\(grid\)"):
+        panels.bands({"a": fits.fitted("ExactLinear")}, SUPPORT)
+    with pytest.raises(DataError, match="predictives by name; found Predictive"):
+        panels.bands(good["a"], SUPPORT)
     with pytest.raises(DataError, match="of one length; found 2 and 3 numbers"):
         panels.bands(good, SUPPORT, truth={"f": ([0, 1], [1, 2, 3])})
     with pytest.raises(DataError, match="found Tensor for 'f'"):

@@ -1,4 +1,4 @@
-"""Scores and Gaussian distances against REFERENCE values, quadrature and double sums."""
+"""Scores and Gaussian distances against known values, quadrature and double sums."""
 
 import math
 

@@ -368,7 +368,7 @@ def test_type_two_refuses(means, counts, noise_variance, complaint):
         type_two_maximum_likelihood(means, counts, noise_variance)
 
 
-# §5.5: what MAML weights tasks by
+# What MAML weights tasks by
 
 
 def test_maml_weighs_tasks_the_other_way_round():

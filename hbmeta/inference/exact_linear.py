@@ -40,7 +40,7 @@ class ExactLinear(Strategy):
     Keeps p(y | φ, θ) and p(φ | θ) exactly; holds θ at its Type-II maximum likelihood estimate (the
     maximum of Σ_i log p(y_i | θ)), or with `prior` at the mode of p(θ | y) in unconstrained space.
     Exact given θ. Whether the program is linear-Gaussian is tested at the data, not declared. A
-    variance between tasks whose estimate is zero (a real case: REFERENCE of Gelman et al., BDA3,
+    variance between tasks whose estimate is zero (a real case: Gelman et al., BDA3,
     §5.4) is reported in `info["at_zero"]` and in a warning.
 
     Args:

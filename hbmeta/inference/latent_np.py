@@ -10,7 +10,9 @@ with p(y_T | x_T, φ) = Π_j p(y_j | x_j, φ). By Jensen's inequality all three 
 most log ∫ p(y_T | x_T, φ) q(φ | C) dφ, in which q(φ | C) stands where the model has p(φ | C, θ).
 They bound how well the encoder's predictive does, and not log p(y_T | x_T, C, θ): with a q(φ | C)
 that is not p(φ | C, θ) they can lie above that. "np" is "iw" with K = 1 and its KL in closed form;
-"npml" and "iw" do not fall, in expectation, as K grows.
+"npml" and "iw" do not fall, in expectation, as K grows. Where a point observes more than y (a
+class-conditional program), the predictive weighs the draws by the point's own embedding; the
+objectives do not, and then bound only what the draws of q(φ | C) predict with equal weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The posterior of a few task parameters by quadrature, to a tolerance that is checked.
+"""The posterior of a few task parameters by quadrature, with an estimate of its error.
 
 Model: φ_i ~ p(φ | θ) with one to three entries, y_i ~ p(y | φ_i, θ).
 Estimator: with m and τ the location and the curvature's standard deviation of the task prior in
@@ -44,6 +44,8 @@ _NODES = {1: 64, 2: 48, 3: 16}
 # worst tenth).
 _COARSE = 0.1
 _NUMBERS = 20_000_000
+# A log mass of the prior beyond this is no error of the quadrature.
+_MASS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -171,19 +173,26 @@ class Quadrature(Strategy):
         count = self._count(problem)
         t, log_w = _grid(count // 2 if halve else count, size)
         t, log_w = t.to(start), log_w.to(start)
-        scale = _spread(problem, theta, start, batch) / math.sqrt(2.0)
+        spread, proper = _spread(problem, theta, start, batch)
+        scale = spread / math.sqrt(2.0)
         phi = start + scale * torch.logit(t).unsqueeze(1)
         # du = (τ/√2) dt / (t (1 − t))
         volume = scale.log().sum(-1) - (t.log() + torch.log1p(-t)).sum(-1).unsqueeze(1)
 
-        def log_joint(one: Tensor) -> Tensor:
+        def terms(one: Tensor) -> tuple[Tensor, Tensor]:
             likelihood, local, _ = problem.terms(theta, one, batch)
-            return likelihood + local
+            return likelihood, local
 
         cells = batch.weight.numel() * (batch.weight.shape[-1] if batch.joint else 1)
         chunk = max(1, _NUMBERS // cells)
-        parts = [torch.vmap(log_joint)(piece) for piece in phi.split(chunk)]
-        return phi, torch.cat(parts) + log_w.unsqueeze(1) + volume
+        parts = [torch.vmap(terms)(piece) for piece in phi.split(chunk)]
+        log_prior = torch.cat([local for _, local in parts]) + log_w.unsqueeze(1) + volume
+        if proper:
+            # The rule's own mass of the prior, 1 but for the quadrature. Where the spread of φ is
+            # below the rounding of its location all nodes coincide, and must weigh 1 together.
+            mass = log_prior.logsumexp(0)
+            log_prior = log_prior - torch.where(mass.abs() > _MASS, mass, torch.zeros_like(mass))
+        return phi, torch.cat([likelihood for likelihood, _ in parts]) + log_prior
 
 
 def _grid(count: int, size: int) -> tuple[Tensor, Tensor]:
@@ -194,8 +203,11 @@ def _grid(count: int, size: int) -> tuple[Tensor, Tensor]:
     return t[index], log_w[index].sum(-1)
 
 
-def _spread(problem: Problem, theta: Theta, start: Tensor, batch: Batch) -> Tensor:
-    """(tasks, phi_size) 1/√(−∂²/∂u²) of the task prior at its location, a constant of the rule."""
+def _spread(problem: Problem, theta: Theta, start: Tensor, batch: Batch) -> tuple[Tensor, bool]:
+    """(tasks, phi_size) 1/√(−∂²/∂u²) of the task prior at its location, a constant of the rule.
+
+    And whether no entry of φ has a flat prior, whose mass is infinite.
+    """
 
     def log_prior(phi: Tensor) -> Tensor:
         found = problem.log_task_prior({k: v.detach() for k, v in theta.items()}, phi, batch)
@@ -205,4 +217,5 @@ def _spread(problem: Problem, theta: Theta, start: Tensor, batch: Batch) -> Tens
     _, _, hessian = gradient_and_hessian(log_prior, start.detach())
     curvature = -hessian.diagonal(dim1=-2, dim2=-1)
     flat = curvature <= 1e-12
-    return torch.where(flat, torch.ones_like(curvature), curvature.clamp_min(1e-12)).rsqrt()
+    spread = torch.where(flat, torch.ones_like(curvature), curvature.clamp_min(1e-12)).rsqrt()
+    return spread, not bool(flat.any())

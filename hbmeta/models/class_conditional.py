@@ -22,8 +22,16 @@ from torch.distributions import constraints
 from hbmeta.errors import DataError, ProgramError
 from hbmeta.files import JSON
 from hbmeta.models.hierarchical import HierarchicalModel
-from hbmeta.models.networks import check_hidden, describe, perceptron
+from hbmeta.models.networks import (
+    check_hidden,
+    check_layers,
+    check_on_rows,
+    describe,
+    perceptron,
+)
+from hbmeta.models.neural import positive
 from hbmeta.tasks import Tasks
+from hbmeta.tasks.checks import check_seed
 
 __all__ = ["ClassConditional"]
 
@@ -42,7 +50,8 @@ class ClassConditional(HierarchicalModel):
 
     Args:
         embedding: None, f(x) = x; widths such as (64, 32) for a perceptron, whose weights are θ; or
-            any module, (points, features) to (points, dimensions).
+            a module, (points, features) to (points, dimensions), a fixed function of each row; its
+            frozen parameters stay as they are.
         ways: number of classes of a task.
         noise: σ, standard deviation within a class, in units of the embedding.
         prior_scale: τ, standard deviation of class means around 0; None for a flat prior.
@@ -74,31 +83,12 @@ class ClassConditional(HierarchicalModel):
             raise DataError(
                 _WHERE, needed="ways of 2 or more", found=repr(ways), do="Pass for example ways=5."
             )
-        for name, value in (("noise", noise), ("prior_scale", prior_scale)):
-            if value is not None and not 0 < float(value) < float("inf"):
-                raise DataError(
-                    _WHERE,
-                    needed=f"{name} as a positive number",
-                    found=repr(value),
-                    do="Pass a standard deviation"
-                    + ("." if name == "noise" else ", or None for a flat prior."),
-                )
-        self.ways, self.noise, self.seed = ways, float(noise), int(seed)
-        self.prior_scale = None if prior_scale is None else float(prior_scale)
-        self.probabilities = None if probabilities is None else [float(p) for p in probabilities]
-        if self.probabilities is not None:
-            total = sum(self.probabilities)
-            if (
-                len(self.probabilities) != ways
-                or abs(total - 1.0) > 1e-9
-                or min(self.probabilities) <= 0
-            ):
-                raise DataError(
-                    _WHERE,
-                    needed=f"{ways} positive probabilities of sum 1",
-                    found=repr(probabilities),
-                    do="Leave them out for equal ones.",
-                )
+        self.ways, self.seed = ways, check_seed(seed, where=_WHERE)
+        self.noise = positive(noise, "noise", _WHERE)
+        self.prior_scale = None
+        if prior_scale is not None:
+            self.prior_scale = positive(prior_scale, "prior_scale", _WHERE, "or None (flat)")
+        self.probabilities = None if probabilities is None else _probabilities(probabilities, ways)
         self.hidden: tuple[int, ...] | None = None
         self.network: nn.Module | None = None
         if isinstance(embedding, nn.Module):
@@ -182,7 +172,7 @@ class ClassConditional(HierarchicalModel):
 
         Raises:
             DataError: labels outside 0..ways−1.
-            ProgramError: an embedding that does not run on x.
+            ProgramError: an embedding that does not run on x, or is no fixed function of one row.
         """
         y = tasks.flat_y
         if y is not None and len(y):
@@ -196,7 +186,14 @@ class ClassConditional(HierarchicalModel):
                     do="Set ways to the number of classes of a task and number them from 0.",
                 )
         model = copy.deepcopy(self)
+        if self.own:
+            assert self.network is not None
+            check_layers(self.network, f"{_WHERE}, embedding")
         model._dimensions(tasks.flat_x[:8])
+        if self.own:
+            assert self.network is not None
+            assert model.dimension is not None
+            check_on_rows(self.network, tasks.flat_x, model.dimension, _WHERE, "embedding")
         return model.to(dtype=tasks.dtype, device=tasks.device)
 
     def _dimensions(self, x: Tensor) -> None:
@@ -207,16 +204,26 @@ class ClassConditional(HierarchicalModel):
             self.network = network.to(dtype=x.dtype, device=x.device)
         rows = torch.zeros(2, self.inputs, dtype=x.dtype, device=x.device)
         try:
-            with torch.no_grad():
+            # A module of a person's own may draw numbers, which is only refused later.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 network_of_x = copy.deepcopy(self.network)
                 found = rows if network_of_x is None else network_of_x.to(rows)(rows)
-        except RuntimeError as error:
+        except Exception as error:
+            said = next(iter(str(error).splitlines()), "")
             raise ProgramError(
                 f"{_WHERE}, embedding",
                 needed=f"a module that runs on x of {self.inputs} columns",
-                found=str(error).splitlines()[0],
+                found=f"{type(error).__name__}: {said}",
                 do="Check its number of inputs.",
             ) from error
+        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(rows):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ProgramError(
+                f"{_WHERE}, embedding",
+                needed="a module (points, features) to (points, dimensions)",
+                found=f"{shape} from x {tuple(rows.shape)}",
+                do="Return one vector per row, for example with torch.nn.Flatten at the end.",
+            )
         self.dimension = int(found.shape[-1])
 
     def bound(self) -> dict[str, JSON] | None:
@@ -250,3 +257,19 @@ class ClassConditional(HierarchicalModel):
         if self.own:
             state["class"] = f"{type(self).__name__}(embedding={type(self.network).__name__})"
         return state
+
+
+def _probabilities(given: Any, ways: int) -> list[float]:
+    """π, checked."""
+    try:
+        found = [float(p) for p in given]
+    except (TypeError, ValueError):
+        found = []
+    if len(found) == ways and all(p > 0 for p in found) and abs(sum(found) - 1.0) <= 1e-9:
+        return found
+    raise DataError(
+        _WHERE,
+        needed=f"{ways} positive probabilities of sum 1",
+        found=repr(given),
+        do="Leave them out for equal ones.",
+    )

@@ -37,6 +37,8 @@ _NAMED = {
     "periodic": lambda: gpytorch.kernels.PeriodicKernel(),
 }
 _WHERE = "GaussianProcess"
+_FLOOR = 1e-8
+"""The least noise variance, in units of scale²."""
 
 
 class GaussianProcess(HierarchicalModel):
@@ -56,7 +58,8 @@ class GaussianProcess(HierarchicalModel):
             periodic kernel is exp(−2 sin²(π d / p) / ℓ), with ℓ where others write ℓ².)
         lengthscale: ℓ, in units of x.
         scale: s, standard deviation of the function, in units of y.
-        noise: σ, standard deviation of y around it, in units of y.
+        noise: σ, standard deviation of y around it, in units of y; its square counts as 1e-8 s² or
+            more, so that equal inputs are no singular covariance.
         period: p, in units of x; for the periodic kernel.
         mean: m, in units of y.
         hyperparameters: those of a gpytorch kernel by their names without "raw_" (such as
@@ -91,7 +94,8 @@ class GaussianProcess(HierarchicalModel):
                 found=repr(kernel),
                 do="Correct the name.",
             )
-        if not math.isfinite(mean):
+        number = isinstance(mean, float | int) and not isinstance(mean, bool)
+        if not number or not math.isfinite(mean):
             raise DataError(_WHERE, needed="a finite mean", found=repr(mean), do="Pass mean=0.0.")
         self.kernel_name = kernel if isinstance(kernel, str) else None
         self.mean = float(mean)
@@ -105,7 +109,7 @@ class GaussianProcess(HierarchicalModel):
                 _WHERE,
                 needed=f"hyperparameters among {', '.join(map(repr, self._kernel.shapes))}",
                 found=repr(unknown[0]),
-                do="Use the kernel's own names.",
+                do=_remedy(unknown[0]),
             )
         self.hyperparameters = {
             name: _read(given.get(name, "learned"), name) for name in self._kernel.shapes
@@ -150,8 +154,13 @@ class GaussianProcess(HierarchicalModel):
             name: phi[name] if name in phi else x.new_full((), known)  # type: ignore[arg-type]
             for name, known in self.hyperparameters.items()
         }
+        # In float64 whatever the data are: the Cholesky factor of a smooth kernel is at the limit
+        # of float32. The floor keeps repeated inputs with hardly any noise from being singular.
+        x, dtype = x.double(), x.dtype
+        value = {name: number.double() for name, number in value.items()}
         own = {name: value[name] for name in self._kernel.shapes}
         scale, noise = (value[name].reshape(-1, 1, 1).square() for name in ("scale", "noise"))
+        noise = torch.maximum(noise, _FLOOR * scale)
         identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
         covariance = scale * self._kernel.matrix(own, x) + noise * identity
         if mask is not None:
@@ -160,7 +169,8 @@ class GaussianProcess(HierarchicalModel):
             # A masked point has variance 1/2π and no residual: its log density is 0.
             covariance = covariance * inside + torch.diag_embed((1.0 - m) / (2.0 * math.pi))
         loc = torch.full_like(x[..., 0], self.mean)
-        return dist.MultivariateNormal(loc, scale_tril=cholesky(covariance))
+        tril = cholesky(covariance).to(dtype)
+        return dist.MultivariateNormal(loc.to(dtype), scale_tril=tril)
 
     def forward(  # type: ignore[override]  # points of a task as one observation
         self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None
@@ -328,14 +338,23 @@ def _plain(name: str) -> str:
     return ".".join([*path, last.removeprefix("raw_")])
 
 
+def _remedy(name: str) -> str:
+    """What to do about a name that the kernel does not have."""
+    if name in ("scale", "noise", "mean"):
+        return f"Pass it as an argument of its own: GaussianProcess(..., {name}=1.0)."
+    if name in ("period", "period_length"):
+        return "A period is for the periodic kernel: GaussianProcess('periodic', period=1.0)."
+    return "Use the kernel's own names; scale= and noise= are arguments of their own."
+
+
 def _read(value: Any, name: str) -> float | tuple[float, float] | str:
     """A hyperparameter as it is kept, checked."""
     if value == "learned":
         return "learned"
     pair = value if isinstance(value, tuple | list) else (value,)
     try:
-        numbers = tuple(float(v) for v in pair)
-    except (TypeError, ValueError):
+        numbers = tuple(math.nan if isinstance(v, bool | str) else float(v) for v in pair)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         numbers = ()
     good = len(numbers) in (1, 2) and all(0 < v < math.inf for v in numbers)
     if not good or (len(numbers) == 2 and not numbers[0] < numbers[1]):

@@ -25,6 +25,7 @@ __all__ = [
     "Perceptron",
     "apply_network",
     "check_hidden",
+    "check_layers",
     "check_network",
     "check_on_rows",
     "describe",
@@ -131,15 +132,7 @@ def check_network(network: Any, where: str) -> nn.Module:
             found=f"{(frozen or odd)[0]!r}, frozen or of another kind" if parameters else "none",
             do="Leave requires_grad on; a part that is not to adapt belongs into x.",
         )
-    for name, module in network.named_modules():
-        why = _refused(module)
-        if why:
-            raise ProgramError(
-                f"{where}, network",
-                needed="a fixed function of its weights and of each row of x",
-                found=f"{type(module).__name__} {name!r}, which {why}",
-                do="Leave the layer out, or use LayerNorm or GroupNorm in place of BatchNorm.",
-            )
+    check_layers(network, f"{where}, network")
     clash = [name for name in parameters if name in _TAKEN]
     if clash:
         raise ProgramError(
@@ -149,6 +142,23 @@ def check_network(network: Any, where: str) -> nn.Module:
             do="Rename it, or put the network into a torch.nn.Sequential.",
         )
     return network
+
+
+def check_layers(network: nn.Module, where: str) -> None:
+    """Raises where a layer is no fixed function of its weights and of each row.
+
+    Raises:
+        ProgramError: a layer draws random numbers or changes while it runs.
+    """
+    for name, module in network.named_modules():
+        why = _refused(module)
+        if why:
+            raise ProgramError(
+                where,
+                needed="a fixed function of its weights and of each row of x",
+                found=f"{type(module).__name__} {name!r}, which {why}",
+                do="Leave the layer out, or use LayerNorm or GroupNorm in place of BatchNorm.",
+            )
 
 
 def _refused(module: nn.Module) -> str:
@@ -164,7 +174,9 @@ def _refused(module: nn.Module) -> str:
     return ""
 
 
-def check_on_rows(network: nn.Module, x: Tensor, outputs: int, where: str) -> None:
+def check_on_rows(
+    network: nn.Module, x: Tensor, outputs: int, where: str, part: str = "network"
+) -> None:
     """Runs a template on a few rows and raises where it is no function of one row of x.
 
     Args:
@@ -172,6 +184,7 @@ def check_on_rows(network: nn.Module, x: Tensor, outputs: int, where: str) -> No
         x: (rows, features).
         outputs: columns that it must return.
         where: the caller, for the message.
+        part: what the network is to the caller, for the message.
     Raises:
         ProgramError: it fails on x, returns another shape, mixes rows, changes its buffers or draws
             random numbers.
@@ -191,7 +204,7 @@ def check_on_rows(network: nn.Module, x: Tensor, outputs: int, where: str) -> No
         except Exception as error:
             said = next(iter(str(error).splitlines()), "")
             raise ProgramError(
-                f"{where}, network",
+                f"{where}, {part}",
                 needed=f"a module that runs on x {tuple(x.shape)} of {x.dtype}",
                 found=f"{type(error).__name__}: {said}",
                 do="Check its number of inputs; convert the data with tasks.to(dtype=...).",
@@ -209,11 +222,11 @@ def check_on_rows(network: nn.Module, x: Tensor, outputs: int, where: str) -> No
         found = "another value for a row alone than for the row among others"
     if found:
         raise ProgramError(
-            f"{where}, network",
+            f"{where}, {part}",
             needed=f"a fixed function of each row of x with {outputs} "
             f"{'output' if outputs == 1 else 'outputs'}: (points, features) to (points, {outputs})",
             found=found,
-            do="Correct the network; rows must not depend on each other given its weights.",
+            do=f"Correct the {part}; rows must not depend on each other given its weights.",
         )
 
 

@@ -348,9 +348,12 @@ class NeuralClassifier(NeuralModel):
         return {"ways": self.ways, **super().settings()}
 
 
-def positive(value: float, name: str, where: str, otherwise: str = "") -> float:
+def positive(value: Any, name: str, where: str, otherwise: str = "") -> float:
     """A finite number above 0."""
-    number = float(value) if isinstance(value, float | int) else math.nan
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
     if not 0 < number < math.inf:
         raise DataError(
             where,

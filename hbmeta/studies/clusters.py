@@ -80,6 +80,7 @@ def run(
     """
     start = time.perf_counter()
     budget = budget or (QUICK if quick else FULL)
+    budget = replace(budget, sampled=min(budget.sampled, budget.tasks))
     tables: dict[str, Comparison] = {}
     captions: dict[str, str] = {}
     lines: dict[str, str] = {}

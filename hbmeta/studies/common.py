@@ -111,12 +111,23 @@ def write(folder: Path, outcome: Outcome) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One fit of a study: a strategy, the model and the data that it gets, and arguments of fit."""
+    """One fit of a study.
+
+    Attributes:
+        strategy: of the fit.
+        model: what it fits.
+        data: what it is fitted to.
+        arguments: of fit.
+        network: whether φ is the weights of a network. They have many equivalent modes, so that R̂
+            and effective numbers of draws of a weight mean little, and warnings of them are not
+            shown; the study reports R̂ of what the network predicts.
+    """
 
     strategy: Strategy
     model: Program
     data: Any
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    network: bool = False
 
 
 def fit_plans(
@@ -135,9 +146,9 @@ def fit_plans(
         start = time.perf_counter()
         arguments = {"seed": seed, "compile": compile, "progress": False, **plan.arguments}
         with warnings.catch_warnings():
-            # Weights of a network have many equivalent modes, so that R̂ of a weight means little;
-            # the study reports R̂ of what the network predicts.
-            warnings.filterwarnings("ignore", message="NUTS: ")
+            if plan.network:
+                said = "NUTS: (split R̂|an effective sample size)"
+                warnings.filterwarnings("ignore", message=said)
             fits[name] = plan.strategy.fit(plan.model, plan.data, **arguments)
         say(f"{name}: fitted in {time.perf_counter() - start:.1f} s")
     return fits

@@ -77,6 +77,7 @@ def run(
     """
     start = time.perf_counter()
     budget = budget or (QUICK if quick else FULL)
+    budget = replace(budget, sampled=min(budget.sampled, budget.tasks))
     family = GaussianProcessTasks(dtype=torch.float32)
     held_out = replace(family, shots=_CONTEXT, queries=30, dtype=torch.float64)
     # Training draws tasks with seeds made of `seed` and the number of the step; these are others.

@@ -171,13 +171,16 @@ def _text(found: Mapping[str, tuple[float, float]], exact: TaskPosterior, budget
 
 
 def _number(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
     return "∞" if math.isinf(value) else f"{max(value, 0.0):.2g}" if value > 1e-7 else "0"
 
 
 def _figures(posteriors: Mapping[str, TaskPosterior]) -> dict[str, Callable[[], Figure]]:
     chosen = {n: p for n, p in posteriors.items() if n not in ("quadrature", "complete pooling")}
     counts = posteriors[_EXACT].support.counts
-    task = posteriors[_EXACT].ids[int((counts == 3).nonzero()[0])]
+    # Three points leave the posterior visibly wide and correlated.
+    task = posteriors[_EXACT].ids[int((counts - 3).abs().argmin())]
     return {
         "posterior": lambda: marginals.densities(
             chosen, task=task, coordinates=(0, 1), labels=("intercept", "slope")

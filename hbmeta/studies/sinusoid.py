@@ -89,6 +89,7 @@ def run(
     """
     start = time.perf_counter()
     budget = budget or (QUICK if quick else FULL)
+    budget = replace(budget, sampled=min(budget.sampled, budget.tasks))
     family = Sinusoids()
     held_out = replace(family, shots=_SHOTS, queries=50, dtype=torch.float64)
     # Training draws tasks with seeds made of `seed` and the number of the step; these are others.
@@ -152,6 +153,7 @@ def _plans(
             NUTS(draws=budget.draws, warmup=budget.draws, chains=2, max_tree_depth=budget.depth),
             alone,
             sampled.support,
+            network=True,
         ),
     }
 

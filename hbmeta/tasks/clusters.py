@@ -29,8 +29,8 @@ class Clusters:
     On the disk c_ik is uniform, independently of the others (its radius is R √u, u ~ U(0, 1)), so
     that means of a task often lie close together: at the defaults even the classifier that knows
     them is right for only 88.5 % of points. On the circle the means are evenly spaced at radius R,
-    turned by a common angle, in random order. (The account that describes the disk, and reports an
-    accuracy of 1.00, was computed on the circle.)
+    turned by a common angle, in random order. (An accuracy of 1.00 belongs to the circle with well
+    separated classes; on the disk no classifier reaches it.)
 
     `hbmeta.oracles.known_clusters` is the classifier that knows the means, and
     `hbmeta.oracles.bayes_clusters` the best one that sees the support only.

@@ -18,7 +18,7 @@ __all__ = ["LinearTasks"]
 
 @dataclass(frozen=True, eq=False)
 class LinearTasks:
-    """Linear regressions whose coefficients come from one Gaussian (REFERENCE §5.4).
+    """Linear regressions whose coefficients come from one Gaussian.
 
     φ_i ~ N(mean, covariance), x_ij uniform on [low, high] in each column,
     y_ij = x_ijᵀ φ_i + ε_ij with ε_ij ~ N(0, noise²), everything independent.

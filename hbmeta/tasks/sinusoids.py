@@ -34,8 +34,8 @@ class Sinusoids:
     independent. The defaults are those of Finn, Abbeel & Levine (2017, §5.1).
 
     With their phase in [0, π] the mean function is E[y | x] = −(2/π) E[A] cos x, so that a learner
-    who never adapts still predicts something. With phase in [0, 2π], as other accounts have it, the
-    mean function is 0. The two are different benchmarks: their losses do not compare.
+    who never adapts still predicts something. With phase in [0, 2π], which is often used, the mean
+    function is 0. The two are different benchmarks: their losses do not compare.
 
     The wave is α sin x − β cos x with α = A cos b and β = A sin b, which two noiseless rows
     determine. `hbmeta.oracles.bayes_sinusoid` is the exact predictive, for noise > 0.

@@ -12,7 +12,7 @@ import torch
 from scipy import special, stats
 
 from hbmeta import models
-from hbmeta.errors import ConvergenceError, DataError, ProgramError, UnsupportedModelError
+from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.inference import NUTS, AmortizedGuide, ExactGP, ExactLinear, Quadrature
 from hbmeta.oracles import known_kernel
 from hbmeta.tasks import GaussianProcessTasks, Tasks
@@ -596,17 +596,26 @@ def test_nodes_are_a_whole_number(nodes):
         Quadrature(nodes=nodes)
 
 
-@pytest.mark.parametrize("lengthscale", [1.0, (0.5, 1.5)])
-def test_a_singular_covariance_names_the_task(lengthscale):
-    model = models.GaussianProcess("rbf", lengthscale=lengthscale, scale=1.0, noise=1e-9)
-    fit = fitted(model, one_task(X_C, Y_C))
+def test_repeated_inputs_without_noise_have_the_floor_of_the_noise():
+    model = models.GaussianProcess("rbf", lengthscale=1.0, scale=1.0, noise=1e-9)
     twice = one_task(X_C * 2, Y_C * 2, name="twice")
-    with pytest.raises(ConvergenceError, match="'twice'") as caught:
-        fit.adapt(twice)
-    assert "equal x" in caught.value.do
-    with pytest.raises(ProgramError) as caught:
-        fitted(model, twice)
-    assert "equal x" in caught.value.do
+    found = float(fitted(model, twice).adapt(twice).info["log_evidence"])
+    k = covariance(X_C * 2, X_C * 2, lengthscale=1.0) + 1e-8 * np.eye(2 * len(X_C))
+    expected = stats.multivariate_normal(cov=k).logpdf(np.array(Y_C * 2))
+    # Two equal y at one x: a density of e^13 or so, with a condition number near 1e9.
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_where_the_spread_vanishes_all_nodes_weigh_one_together():
+    """Below rounding every node is the location: the evidence is the likelihood there."""
+    support, _ = ragged()
+    model = models.GaussianProcess("rbf", scale=1.0, noise=0.2)
+    fit = fitted(model, support, ExactGP(prior=True))
+    problem, batch = fit.problem, fit.problem.batch(support)
+    theta = dict(fit.theta) | {"lengthscale_spread": torch.tensor(-60.0, dtype=torch.float64)}
+    evidence = fit.strategy._weighted(problem, theta, batch)[1].logsumexp(0)
+    at_location = problem.log_likelihood(theta, problem.location(theta, batch), batch)
+    torch.testing.assert_close(evidence, at_location, rtol=1e-9, atol=1e-9)
 
 
 def test_evidence_is_the_same_for_any_layout_of_chunks(monkeypatch):

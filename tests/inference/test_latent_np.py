@@ -1,4 +1,4 @@
-"""Latent neural processes: the objectives on Gaussians (REFERENCE §3.2, T5), the encoder, fits."""
+"""Latent neural processes: the objectives on Gaussians, the encoder, fits."""
 
 import itertools
 import math
@@ -75,7 +75,7 @@ def test_objectives_bound_what_the_encoder_predicts_and_not_the_posterior_predic
     [("npml", 5, -0.3872), ("npml", 50, -0.3838), ("iw", 5, -0.3843), ("iw", 50, -0.38363)],
 )
 def test_more_draws_come_closer_to_the_bound(objective, draws, value):
-    """REFERENCE gives 4 digits (iw, 50: 5). 100,000 replicates as tasks, 5 standard errors each.
+    """The values have 4 digits (iw, 50: 5). 100,000 replicates as tasks, 5 standard errors each.
 
     False-alarm rate below 1e-6 per case.
     """

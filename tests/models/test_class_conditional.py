@@ -223,6 +223,10 @@ def test_the_embedding_is_the_same_for_the_same_seed_and_dtype_of_the_data():
         ({"probabilities": (0.5, 0.5)}, "positive probabilities of sum 1"),
         ({"probabilities": (0.5, 0.6, 0.2)}, "positive probabilities of sum 1"),
         ({"probabilities": (0.5, 0.5, 0.0)}, "positive probabilities of sum 1"),
+        ({"probabilities": (0.5, 0.5, float("nan"))}, "positive probabilities of sum 1"),
+        ({"noise": "a"}, "noise as a positive number"),
+        ({"noise": None}, "noise as a positive number"),
+        ({"seed": "a"}, "seed as a whole number"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, needed):
@@ -243,6 +247,50 @@ def test_labels_outside_the_classes_are_refused(y):
 def test_an_embedding_that_does_not_run_on_x_is_refused():
     with pytest.raises(ProgramError, match="a module that runs on x of 2 columns"):
         models.ClassConditional(nn.Linear(5, 2), 3).bind(data())
+
+
+class Mixing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) - x.mean(0, keepdim=True)
+
+
+class Random(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.randn(1)
+
+
+class Counting(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "found"),
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "Dropout '1'"),
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "BatchNorm1d '1'"),
+        (Mixing(2, 2), "another value for a row alone"),
+        (Random(2, 2), "draws random numbers"),
+        (Counting(), "changes its buffers"),
+        (nn.Flatten(0), r"\(4,\) from x \(2, 2\)"),
+    ],
+)
+def test_an_embedding_that_is_no_function_of_a_row_is_refused(embedding, found, untouched):
+    model = models.ClassConditional(embedding, 3)
+    with untouched(), pytest.raises(ProgramError, match=f"ClassConditional, embedding.*{found}"):
+        model.bind(data())
+
+
+def test_an_embedding_may_be_frozen():
+    embedding = nn.Linear(2, 4).requires_grad_(False)
+    model = models.ClassConditional(embedding, 3).bind(data())
+    assert model.dimension == 4
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 # Files

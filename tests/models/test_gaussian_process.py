@@ -267,6 +267,9 @@ def test_the_kernel_of_the_caller_is_left_alone():
         ({"period": 1.0}, "hyperparameters among 'lengthscale'", "'period_length'"),
         ({"hyperparameters": {"alpha": 1.0}}, "hyperparameters among", "'alpha'"),
         ({"mean": float("inf")}, "a finite mean", "inf"),
+        ({"mean": "a"}, "a finite mean", "'a'"),
+        ({"scale": True}, "scale as a positive number", "True"),
+        ({"noise": "0.1"}, "noise as a positive number", "'0.1'"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, needed, found):
@@ -274,6 +277,20 @@ def test_impossible_settings_are_refused(arguments, needed, found):
         models.GaussianProcess(**arguments)
     assert needed in caught.value.needed
     assert found in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "do"),
+    [
+        ({"hyperparameters": {"scale": 1.0}}, "scale=1.0"),
+        ({"hyperparameters": {"noise": 1.0}}, "noise=1.0"),
+        ({"period": 1.0}, "'periodic', period=1.0"),
+    ],
+)
+def test_names_that_are_no_hyperparameters_of_the_kernel_say_where_they_go(arguments, do):
+    with pytest.raises(DataError) as caught:
+        models.GaussianProcess("rbf", **arguments)
+    assert do in caught.value.do
 
 
 def test_labels_as_y_are_refused():

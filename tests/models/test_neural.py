@@ -401,6 +401,7 @@ def frozen():
         ({"activation": "gelu"}, ["relu", "'gelu'"]),
         ({"mean": "none"}, ["'zero'", "'none'"]),
         ({"noise": 0.0}, ["noise", "0.0"]),
+        ({"noise": True}, ["noise", "True"]),
         ({"noise": float("nan")}, ["noise", "nan"]),
         ({"prior_scale": -1.0}, ["prior_scale", "'learned'"]),
         ({"prior_scale": "free"}, ["prior_scale", "'free'"]),
