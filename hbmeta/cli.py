@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from hbmeta.models import VaryingEffects
 from hbmeta.models.columns import expanded
 from hbmeta.models.effect_priors import FAMILIES
 from hbmeta.records import strict
-from hbmeta.studies import STUDIES
+from hbmeta.studies import STUDIES, check_name
 from hbmeta.studies import write as write_study
 from hbmeta.study import STRATEGIES, Choice, Estimates, estimates, fit_all, level_one, write
 from hbmeta.tasks import TaskSet, from_frame, load_radon
@@ -190,7 +189,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    _check_source(arguments.data)
+    check_name(arguments.data, others=["radon"])
     choices = _choices(arguments)
     data, model, labels = _radon(arguments) if arguments.data == "radon" else _table(arguments)
     known, new = data.split(
@@ -226,19 +225,6 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(_report(data, known, new, tables, found))
     if arguments.out is not None:
         write(arguments.out, fits, tables, f"{model.varying[0]}, by {labels['group'][0]}")
-
-
-def _check_source(name: str) -> None:
-    """Refuses what is no file and looks like the misspelt name of a study."""
-    known = ["radon", *STUDIES]
-    near = difflib.get_close_matches(name, known, n=1)
-    if near and name not in known and not Path(name).exists():
-        raise FileError(
-            name,
-            needed=f"a study ({', '.join(known)}) or a CSV file",
-            found="no such study or file",
-            do=f"Did you mean {near[0]!r}?",
-        )
 
 
 def _can_write(folder: Path | None) -> None:

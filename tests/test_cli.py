@@ -152,6 +152,12 @@ def test_quick_runs_a_fifth(table, capsys, monkeypatch):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seed", ["-1", "0.5", "many", str(2**31)])
+def test_a_seed_that_cannot_be_used(capsys, seed):
+    assert cli.main(["compare", "gp", "--seed", seed]) == 2
+    assert "argument --seed: needed a whole number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,6 +167,8 @@ def test_quick_runs_a_fifth(table, capsys, monkeypatch):
         (["compare", "radon", "--support", "0"], "--support: needed rows"),
         (["compare", "radon", "--family", "poisson"], "--family"),
         (["compare", "nowhere.csv", "--group", "g", "--y", "y"], "No such file"),
+        (["compare", "gpp"], "no such study or file. Did you mean 'gp'?"),
+        (["compare", "raddon"], "Did you mean 'radon'?"),
         (["compare", "FILE", "--y", "score"], "--group: needed a column"),
         (["compare", "FILE", "--group", "school"], "--y: needed a column"),
         (["compare", "FILE", "--group", "schol", "--y", "score"], "'school'"),

@@ -289,6 +289,13 @@ def test_a_reference_that_did_not_converge_is_flagged(data, model, fits):
     assert any("effective sample size" in flag for flag in found.flags)
     assert found.verdict().startswith("No verdict")
     assert "Flag: nuts" in str(found)
+    assert not any(note.startswith("nuts:") for note in found.notes)
+    # The same is said of it where it is not the reference.
+    found = compare({"nuts": short, "exact": fits["exact"]}, data, reference="exact")
+    assert found.flags == ()
+    notes = [note for note in found.notes if note.startswith("nuts: ")]
+    assert any("effective sample size" in note for note in notes)
+    assert ".." not in str(found)
 
 
 def test_one_chain_and_few_effective_draws_are_flagged(data, fits):
@@ -644,6 +651,22 @@ def test_more_accuracy_is_better_and_nan_is_never_the_best():
         found.best("nl")
     with pytest.raises(DataError, match="nearest name is 'high'"):
         found["hi"]
+
+
+def test_the_star_needs_a_score_that_all_honest_fits_have():
+    def scored(name, *keys, **settings):
+        scores = {key: Score(0.5, 0.1) for key in keys}
+        return dataclasses.replace(row(name), scores=scores, **settings)
+
+    def stars(*rows):
+        table = dataclasses.replace(record(), rows=rows, reference=None, baseline=None)
+        return sum(line.count("*") for line in str(table).splitlines()[1:])
+
+    both = scored("both", "nll", "rmse")
+    assert stars(both, scored("other", "nll", "rmse")) == 2
+    assert stars(both, scored("other", "nll")) == 1
+    assert stars(both, scored("saw", "nll", "rmse", saw_query=True)) == 0
+    assert stars(both, scored("knows", "nll", "rmse", strategy="oracle")) == 0
 
 
 # Oracles

@@ -199,11 +199,6 @@ def with_a_mask_ignored(x, y=None, *, mask=None):
         pyro.sample("y", law, obs=y)
 
 
-def apart() -> tasks.Tasks:
-    """Two tasks of three points that are not where the others are."""
-    return tasks.Tasks([[[0.0], [1.0], [2.0]]] * 2, [[0.0, 1.0, 0.0]] * 2, ids=["a", "b"])
-
-
 def classes() -> models.ClassConditional:
     return models.ClassConditional(None, 3)
 
@@ -530,17 +525,6 @@ FUNCTIONS = [
         lambda _: Quadrature().fit(classes(), labelled()),
         "at most 3",
         error=UnsupportedModelError,
-    ),
-    kind(
-        "a singular covariance of a new task",
-        "nan for task 'b'",
-        lambda _: (
-            ExactGP()
-            .fit(models.GaussianProcess(lengthscale=0.5, scale=1.0, noise=1e-9), apart())
-            .adapt(some().select(["b"]))
-        ),
-        "equal x",
-        error=ConvergenceError,
     ),
     kind(
         "a label beyond the classes of a model",

@@ -42,7 +42,7 @@ class ClassConditional(HierarchicalModel):
     """Classes as Gaussians around means of each task's own, in an embedding shared by all tasks.
 
     σ² = ½, a flat prior and plug-in means are prototypical networks to the letter: softmax of minus
-    the squared distance (softmax of minus half of it, which the account derives, belongs to σ = 1).
+    the squared distance (softmax of minus half of it, which is often stated, belongs to σ = 1).
     Labels are 0..ways−1. Two sites are observed, "y" and "embedding": posteriors of φ use the joint
     density of a support, predictions p(y | x, φ) by enumeration of y. A likelihood of the embedding
     is no objective for the embedding (it shrinks to nothing), so strategies that train by one
@@ -60,7 +60,7 @@ class ClassConditional(HierarchicalModel):
     Raises:
         DataError: impossible settings.
     References:
-        Snell, Swersky, Zemel (2017), NeurIPS; REFERENCE of the Gaussian view: Murphy (2012),
+        Snell, Swersky, Zemel (2017), NeurIPS; the Gaussian view: Murphy (2012),
         Machine Learning, §4.2.
     Example:
         >>> import torch

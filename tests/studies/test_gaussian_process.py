@@ -5,7 +5,10 @@ import pytest
 from hbmeta.studies import gaussian_process
 from hbmeta.studies.gaussian_process import agreement
 
-TINY = gaussian_process.Budget(latent=2, maml=2, draws=300, tasks=4, sampled=2)
+# Chains are too short here to converge, and fit says so.
+pytestmark = pytest.mark.filterwarnings("ignore:NUTS:UserWarning")
+
+TINY = gaussian_process.Budget(latent=2, maml=2, draws=300, tasks=3, sampled=20)
 NAMES = ["exact", "latent np", "maml", "exact, ℓ known"]
 
 
@@ -46,8 +49,8 @@ def test_agreement_counts_standard_errors():
         patch.setattr(gaussian_process, "fit_plans", keep)
         gaussian_process.run(budget=TINY, compile=False, seed=1)
     largest, n = agreement(fits["nuts"], fits["exact"])
-    # Of two independent z the larger is above 4 with probability 1.3e-4.
-    assert n == 2
+    # Of three independent z the largest is above 4 with probability 1.9e-4.
+    assert n == 3
     assert 0.0 < largest < 4.0
 
 

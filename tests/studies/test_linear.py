@@ -13,6 +13,9 @@ from hbmeta.studies import linear
 from hbmeta.studies.linear import divergences, mean_field_divergence
 from hbmeta.tasks import LinearTasks
 
+# Chains are too short here to converge, and fit says so.
+pytestmark = pytest.mark.filterwarnings("ignore:NUTS:UserWarning")
+
 TINY = linear.Budget(guide=30, draws=150, tasks=12)
 
 
@@ -77,6 +80,17 @@ def test_a_point_is_infinitely_far(exact):
     point = exact.select(exact.ids)
     point.density = Delta(exact.density.loc)
     assert math.isinf(divergences({"exact": exact, "point": point})["point"][0])
+
+
+def test_the_figure_needs_no_task_of_three_points(exact):
+    few = exact.select([i for i, n in zip(exact.ids, exact.support.counts, strict=True) if n != 3])
+    figure = linear._figures({"exact": few})["posterior"]()
+    assert len(figure.axes) == 3
+
+
+def test_numbers_that_are_not_finite_are_said():
+    numbers = [math.nan, math.inf, 1e-9, -1e-9, 0.123]
+    assert [linear._number(value) for value in numbers] == ["NaN", "∞", "0", "0", "0.12"]
 
 
 def test_the_figure_shows_one_task(outcome):

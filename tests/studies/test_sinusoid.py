@@ -14,6 +14,9 @@ from hbmeta.studies.common import Outcome, entries
 from hbmeta.studies.waves import error_by_step
 from hbmeta.tasks import Sinusoids
 
+# Chains are too short here to converge, and fit says so.
+pytestmark = pytest.mark.filterwarnings("ignore:NUTS:UserWarning")
+
 TINY = sinusoid.Budget(
     maml=2, guide=2, latent=2, scratch=3, draws=4, depth=2, tasks=4, sampled=2,
     hidden=(3,), predictive=3,
