@@ -95,7 +95,7 @@ def adapt(fitted, support):
 
 def tensors_of(posterior):
     """θ and the numbers of the density, by name."""
-    density = {k: v for k, v in vars(posterior.density).items() if v is not None}
+    density = {k: v for k, v in vars(posterior.density).items() if isinstance(v, torch.Tensor)}
     return {**posterior.theta, **density}
 
 

@@ -187,11 +187,12 @@ class Quadrature(Strategy):
         chunk = max(1, _NUMBERS // cells)
         parts = [torch.vmap(terms)(piece) for piece in phi.split(chunk)]
         log_prior = torch.cat([local for _, local in parts]) + log_w.unsqueeze(1) + volume
-        if proper:
-            # The rule's own mass of the prior, 1 but for the quadrature. Where the spread of φ is
-            # below the rounding of its location all nodes coincide, and must weigh 1 together.
-            mass = log_prior.logsumexp(0)
-            log_prior = log_prior - torch.where(mass.abs() > _MASS, mass, torch.zeros_like(mass))
+        # The rule's own mass of the prior, 1 but for the quadrature. Where the spread of φ is below
+        # the rounding of its location all nodes coincide, and must weigh 1 together. A flat prior
+        # has infinite mass.
+        mass = log_prior.logsumexp(0)
+        off = (mass.abs() > _MASS) & proper
+        log_prior = log_prior - torch.where(off, mass, torch.zeros_like(mass))
         return phi, torch.cat([likelihood for likelihood, _ in parts]) + log_prior
 
 
@@ -203,10 +204,10 @@ def _grid(count: int, size: int) -> tuple[Tensor, Tensor]:
     return t[index], log_w[index].sum(-1)
 
 
-def _spread(problem: Problem, theta: Theta, start: Tensor, batch: Batch) -> tuple[Tensor, bool]:
+def _spread(problem: Problem, theta: Theta, start: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """(tasks, phi_size) 1/√(−∂²/∂u²) of the task prior at its location, a constant of the rule.
 
-    And whether no entry of φ has a flat prior, whose mass is infinite.
+    And (tasks,) whether no entry of φ has a flat prior.
     """
 
     def log_prior(phi: Tensor) -> Tensor:
@@ -218,4 +219,4 @@ def _spread(problem: Problem, theta: Theta, start: Tensor, batch: Batch) -> tupl
     curvature = -hessian.diagonal(dim1=-2, dim2=-1)
     flat = curvature <= 1e-12
     spread = torch.where(flat, torch.ones_like(curvature), curvature.clamp_min(1e-12)).rsqrt()
-    return spread, not bool(flat.any())
+    return spread, ~flat.any(-1)
