@@ -213,10 +213,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         "known": compare(fits, known, reference=reference, seed=arguments.seed),
         "new": compare(fits, new, reference=reference, seed=arguments.seed),
     }
-    found = {
-        name: estimates(fitted, labels, task_prior=choices[name].task_prior)
-        for name, fitted in fits.items()
-    }
+    found = {name: estimates(fitted, labels) for name, fitted in fits.items()}
     if arguments.json:
         content = {name: json.loads(table.to_json()) for name, table in tables.items()}
         content["level_one"] = strict(found)

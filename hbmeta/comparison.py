@@ -6,7 +6,6 @@ family that the tasks come from, are scored beside the fits: they say how much i
 
 from __future__ import annotations
 
-import difflib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from hbmeta.inference.nuts import trouble
 from hbmeta.posterior import TaskPosterior
 from hbmeta.predictive import Predictive
 from hbmeta.records import Comparison, versions
-from hbmeta.rows import Row, Score
+from hbmeta.rows import Row, Score, batch_norm_of, transduction, unknown_name
 from hbmeta.scoring import Table, score_of, scores_by_task
 from hbmeta.tasks import Episode, Tasks, TaskSet
 from hbmeta.tasks.checks import check_count
@@ -100,6 +99,7 @@ def compare(
     notes = [f"{name}: {text}" for name, text in leaks.items()]
     notes += [f"{name}: {text}" for name, fitted in fits.items() if (text := _moving(fitted))]
     for name, fitted in fits.items():
+        notes += [f"{name}: {text}"] if (text := transduction(fitted)) else []
         if name != reference and "divergences" in fitted.info:
             notes += [f"{name}: {text.rstrip('.')}" for text in trouble(fitted.info)]
     if baseline is None:
@@ -125,6 +125,7 @@ def compare(
                 seconds_staging=fitted.seconds.staging,
                 seconds_adapt=seconds[name],
                 saw_query=name in leaks,
+                batch_norm=batch_norm_of(fitted),
             )
         )
     for name in oracles:
@@ -240,13 +241,7 @@ def _check_names(
         ("baseline as one of the rows", baseline, [*fits, *oracles]),
     ):
         if chosen is not None and chosen not in names:
-            near = difflib.get_close_matches(str(chosen), names, n=1, cutoff=0.0)
-            raise DataError(
-                _WHERE,
-                needed=f"{what}: {', '.join(map(repr, names))}",
-                found=repr(chosen),
-                do=f"The nearest name is {near[0]!r}.",
-            )
+            raise unknown_name(chosen, names, needed=f"{what}:", where=_WHERE)
 
 
 def _episode(data: TaskSet | Episode) -> tuple[Episode, Episode]:

@@ -43,6 +43,13 @@ class Particles(NamedTuple):
     phi: Tensor
     log_weights: Tensor | None
 
+    def part(self, start: int, stop: int, problem: Problem) -> Particles:
+        """Draws start to stop; what of θ does not vary with the draw stays whole."""
+        names = {site.name for site in problem.sites.globals} if self.drawn else set()
+        theta = {k: v[start:stop] if k in names else v for k, v in self.theta.items()}
+        weights = None if self.log_weights is None else self.log_weights[start:stop]
+        return Particles(theta, self.drawn, self.phi[start:stop], weights)
+
 
 def _rows(problem: Problem, batch: Batch, values: Tensor) -> Tensor:
     """(draws, *cells, ...) of the problem's layout as (draws, rows, ...)."""
@@ -50,19 +57,19 @@ def _rows(problem: Problem, batch: Batch, values: Tensor) -> Tensor:
 
 
 class Mixture:
-    """p(y | φ_s, θ_s) at flat rows, a chunk of draws at a time."""
+    """p(y | φ_s, θ_s) at flat rows, predicted from a support, a chunk of draws at a time."""
 
-    def __init__(self, problem: Problem, particles: Particles, tasks: Tasks) -> None:
+    def __init__(
+        self, problem: Problem, particles: Particles, tasks: Tasks, support: Tasks
+    ) -> None:
         self.problem, self.particles = problem, particles
-        self.batch = problem.batch(tasks)
+        self.batch = problem.batch(tasks, support)
         self.n_draws = particles.phi.shape[0]
 
     def distribution(self, start: int, stop: int) -> Any:
         """The likelihoods of draws start to stop, batch shape (stop - start, rows)."""
-        p = self.particles
-        names = {site.name for site in self.problem.sites.globals} if p.drawn else set()
-        theta = {k: v[start:stop] if k in names else v for k, v in p.theta.items()}
-        found = self.problem.particle_response(theta, p.drawn, p.phi[start:stop], self.batch)
+        p = self.particles.part(start, stop, self.problem)
+        found = self.problem.particle_response(p.theta, p.drawn, p.phi, self.batch)
         if self.batch.task is not None:
             return found
         return _pick_cells(found, self.batch.mask)
@@ -120,7 +127,7 @@ class LinearGaussian:
 
 
 def linear_gaussian(
-    problem: Problem, theta: Theta, density: Density, tasks: Tasks
+    problem: Problem, theta: Theta, density: Density, tasks: Tasks, support: Tasks
 ) -> LinearGaussian | None:
     """The exact predictive where q is Gaussian and y Normal with a mean linear in φ, else None.
 
@@ -128,7 +135,7 @@ def linear_gaussian(
     """
     if not isinstance(density, Gaussian) or tasks.n_points == 0:
         return None
-    batch = problem.batch(tasks)
+    batch = problem.batch(tasks, support)
     if density.loc.shape[-1] > _MANY and not _linear_on_a_line(problem, theta, density, batch):
         return None
     phi, mix = probes(density)

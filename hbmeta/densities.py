@@ -88,6 +88,25 @@ class Gaussian:
         size = self.loc.shape[-1]
         return -0.5 * whitened.square().sum(-1) - log_det - 0.5 * size * math.log(2 * math.pi)
 
+    def kl(self, other: Gaussian) -> Tensor:
+        """(tasks,) KL(self ‖ other) in nats.
+
+        With L₁, L₂ the factors and d the size of φ:
+        ½ (‖L₂⁻¹ L₁‖² + ‖L₂⁻¹ (m₂ − m₁)‖² − d) + log |L₂| − log |L₁|.
+        """
+        shift = other.loc - self.loc
+        size = shift.shape[-1]
+        if self.diagonal and other.diagonal:
+            ratio = self.scale / other.scale
+            parts = ratio.square() + (shift / other.scale).square() - 1.0 - 2.0 * ratio.log()
+            return 0.5 * parts.sum(-1)
+        left, right = (torch.diag_embed(g.scale) if g.diagonal else g.scale for g in (self, other))
+        ratios: Tensor = torch.linalg.solve_triangular(right, left, upper=False)
+        spread = ratios.square().sum((-2, -1))
+        logs = (g.diagonal(dim1=-2, dim2=-1).log().sum(-1) for g in (right, left))
+        log_ratio = next(logs) - next(logs)
+        return 0.5 * (spread + solve_lower(right, shift).square().sum(-1) - size) + log_ratio
+
     @property
     def mean(self) -> Tensor:
         """(tasks, phi_size)."""

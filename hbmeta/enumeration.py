@@ -98,9 +98,11 @@ class Classes:
         log_evidence: (draws, rows) log p(z | φ_s, θ_s), which weighs the draws of a row.
     """
 
-    def __init__(self, problem: Problem, particles: Particles, tasks: Tasks) -> None:
+    def __init__(
+        self, problem: Problem, particles: Particles, tasks: Tasks, support: Tasks
+    ) -> None:
         self.problem, self.particles = problem, particles
-        self.batch = problem.batch(tasks)
+        self.batch = problem.batch(tasks, support)
         self.n_draws = int(particles.phi.shape[0])
         width = max(1, 4_000_000 // max(1, tasks.n_points * (problem.classes or 1)))
         parts = [
@@ -110,14 +112,12 @@ class Classes:
         self.log_evidence = torch.cat(parts)
 
     def _logits(self, start: int, stop: int) -> Tensor:
-        p = self.particles
-        names = {site.name for site in self.problem.sites.globals} if p.drawn else set()
-        theta = {k: v[start:stop] if k in names else v for k, v in p.theta.items()}
+        p = self.particles.part(start, stop, self.problem)
 
         def cells(t: Theta, one: Tensor) -> Tensor:
             return class_cells(self.problem, t, one, self.batch)
 
-        found: Tensor = self.problem.over(cells, theta, p.drawn, p.phi[start:stop])
+        found: Tensor = self.problem.over(cells, p.theta, p.drawn, p.phi)
         return found if self.batch.task is not None else found[:, self.batch.mask]
 
     def distribution(self, start: int, stop: int) -> Any:
@@ -146,11 +146,11 @@ class Integrated:
 
 
 def integrated(
-    problem: Problem, theta: Theta, density: Gaussian, tasks: Tasks
+    problem: Problem, theta: Theta, density: Gaussian, tasks: Tasks, support: Tasks
 ) -> Integrated | None:
     """p(y | z, S) in closed form, or None where z given y is not linear-Gaussian in φ."""
     with evaluating():
-        batch = problem.batch(tasks)
+        batch = problem.batch(tasks, support)
         if not is_linear_gaussian(problem, theta, density, batch):
             return None
         logits = class_logits(problem, theta, density, batch)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from hbmeta.optimisation import minimise
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
-from hbmeta.training import Options, prior_scales
+from hbmeta.training import Learned, Options, prior_scales
 
 # A scale that fell this far below where it started, its prior's, is reported as zero.
 _AT_ZERO = 1e-3
@@ -27,23 +26,7 @@ _POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma",
 # A slope of this many nats per row is no rounding.
 _STEEP = 1e-3
 
-__all__ = ["Maximum", "maximise_evidence"]
-
-
-class Maximum(NamedTuple):
-    """θ at the maximum of the evidence, and how the search went.
-
-    Attributes:
-        theta: θ there.
-        converged: whether the search did.
-        at_zero: names of positive level-1 sites whose estimate is zero.
-        seconds_staging: time spent on staging.
-    """
-
-    theta: Theta
-    converged: bool
-    at_zero: list[str]
-    seconds_staging: float
+__all__ = ["maximise_evidence"]
 
 
 def maximise_evidence(
@@ -54,7 +37,7 @@ def maximise_evidence(
     prior: bool,
     options: Options,
     where: str,
-) -> Maximum:
+) -> Learned:
     """θ at the maximum of the evidence; warns where the estimate of a scale is zero.
 
     Args:
@@ -64,10 +47,13 @@ def maximise_evidence(
         prior: whether log p(θ) is added.
         options: of the fit.
         where: the strategy's name, for errors and the warning.
+    Returns:
+        θ; in info "log_evidence" there, summed over tasks, "at_zero", the names of positive level-1
+        sites whose estimate is zero, and "converged", whether the search did.
     """
     start = problem.theta(batch)
     if not start:
-        return Maximum(start, True, [], 0.0)
+        return _learned(evidence, start, [], True, 0.0)
     scales = prior_scales(problem, start, batch)
     names, sizes = list(start), [v.numel() for v in start.values()]
 
@@ -103,7 +89,20 @@ def maximise_evidence(
             "there. NUTS, or prior=True, weighs how large it could still be.",
             stacklevel=4,
         )
-    return Maximum(theta, found.converged, at_zero, found.seconds_staging)
+    return _learned(evidence, theta, at_zero, found.converged, found.seconds_staging)
+
+
+def _learned(
+    evidence: Callable[[Theta], Tensor],
+    theta: Theta,
+    at_zero: list[str],
+    converged: bool,
+    seconds: float,
+) -> Learned:
+    with torch.no_grad():
+        total = float(evidence(theta).sum())
+    info = {"log_evidence": total, "at_zero": at_zero, "converged": converged}
+    return Learned(theta, info=info, seconds_staging=seconds)
 
 
 def _at_zero(problem: Problem, theta: Theta, start: Theta) -> list[str]:

@@ -122,10 +122,8 @@ class Functions:
         return [(start, min(start + self._chunk, self.n_draws)) for start in starts]
 
     def _over(self, function: Any, start: int, stop: int) -> Any:
-        p = self.particles
-        names = {site.name for site in self.problem.sites.globals} if p.drawn else set()
-        theta = {k: v[start:stop] if k in names else v for k, v in p.theta.items()}
-        return function(theta, p.drawn, p.phi[start:stop])
+        p = self.particles.part(start, stop, self.problem)
+        return function(p.theta, p.drawn, p.phi)
 
     def _law(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Mean (draws, tasks, points) and Cholesky factor of the query given the support."""

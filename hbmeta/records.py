@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hbmeta import __version__
 from hbmeta.distances import MEAN_LIMIT, SD_LIMITS, SHARE_LIMIT, TASK_LIMIT, Distance
-from hbmeta.errors import DataError, FileError
+from hbmeta.errors import FileError
 from hbmeta.files import write_text
-from hbmeta.rows import DISTANCES, LABELS, Row, Score, best_of, strict
+from hbmeta.rows import DISTANCES, LABELS, Row, Score, best_of, strict, unknown_name
 from hbmeta.tables import aligned, digits_for, plus_minus
 
 if TYPE_CHECKING:
@@ -70,13 +69,7 @@ class Comparison:
         """The row of a fit or an oracle."""
         rows = {row.name: row for row in self.rows}
         if name not in rows:
-            near = difflib.get_close_matches(str(name), list(rows), n=1, cutoff=0.0)
-            raise DataError(
-                "Comparison",
-                needed=f"a row of {', '.join(map(repr, rows))}",
-                found=repr(name),
-                do=f"The nearest name is {near[0]!r}.",
-            )
+            raise unknown_name(name, rows, needed="a row of", where="Comparison")
         return rows[name]
 
     def best(self, score: str) -> str | None:
@@ -243,7 +236,7 @@ class Comparison:
                     record[prefix + field] = _or_nan(value)
             for field in ("seconds_fit", "seconds_staging", "seconds_adapt"):
                 record[field] = _or_nan(getattr(row, field))
-            record["saw_query"] = row.saw_query
+            record["saw_query"], record["batch_norm"] = row.saw_query, row.batch_norm
             records.append(record)
         return pd.DataFrame.from_records(records).set_index("name")
 

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hbmeta.distances import Distance
 from hbmeta.errors import DataError
+from hbmeta.models import HierarchicalModel
 
-__all__ = ["DISTANCES", "LABELS", "MORE_IS_BETTER", "ORACLE", "Row", "Score", "best_of", "strict"]
+if TYPE_CHECKING:
+    from hbmeta.fitted import Fitted
+
+__all__ = [
+    "DISTANCES",
+    "LABELS",
+    "MORE_IS_BETTER",
+    "ORACLE",
+    "Row",
+    "Score",
+    "batch_norm_of",
+    "best_of",
+    "strict",
+    "transduction",
+    "unknown_name",
+]
 
 LABELS = {
     "nll": "NLL",
@@ -76,6 +92,8 @@ class Row:
         seconds_staging: the part of them spent tracing and compiling.
         seconds_adapt: seconds to the posterior of these tasks; none where the fit holds it.
         saw_query: whether it was fitted on held-out points, so that its scores are no test.
+        batch_norm: which rows batch norm took its statistics from ("support", "stored", "query");
+            None where the model has none.
     """
 
     name: str
@@ -92,6 +110,7 @@ class Row:
     seconds_staging: float | None
     seconds_adapt: float | None
     saw_query: bool = False
+    batch_norm: str | None = None
 
     @property
     def is_oracle(self) -> bool:
@@ -133,6 +152,32 @@ class Row:
         )
 
 
+def unknown_name(name: Any, known: Collection[str], *, needed: str, where: str) -> DataError:
+    """The error of a name that is none of the known ones; names the nearest of them."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    return DataError(
+        where,
+        needed=f"{needed} {', '.join(map(repr, known))}",
+        found=repr(name),
+        do=f"The nearest name is {near[0]!r}.",
+    )
+
+
+def batch_norm_of(fitted: Fitted) -> str | None:
+    """The policy of the model's batch norm; None without."""
+    model = fitted.model
+    found = model.settings().get("batch_norm") if isinstance(model, HierarchicalModel) else None
+    return None if found is None else str(found)
+
+
+def transduction(fitted: Fitted) -> str:
+    """Says so where a prediction depends on the other rows of the query; else empty."""
+    if fitted.problem.takes_context != "rows":
+        return ""
+    what = "batch norm: query statistics" if batch_norm_of(fitted) else "its context is the query"
+    return f"{what} (transductive), so that a prediction depends on the x of the other queries"
+
+
 def best_of(rows: Sequence[Row], score: str) -> str | None:
     """The fit of the best finite mean of a score, among those that saw no held-out point.
 
@@ -142,13 +187,7 @@ def best_of(rows: Sequence[Row], score: str) -> str | None:
         DataError: a score that has no better and worse.
     """
     if score not in LABELS:
-        near = difflib.get_close_matches(str(score), list(LABELS), n=1, cutoff=0.0)
-        raise DataError(
-            "Comparison.best",
-            needed=f"a score of {', '.join(map(repr, LABELS))}",
-            found=repr(score),
-            do=f"The nearest name is {near[0]!r}.",
-        )
+        raise unknown_name(score, LABELS, needed="a score of", where="Comparison.best")
     sign = -1.0 if score in MORE_IS_BETTER else 1.0
     judged = [
         (sign * row.scores[score].value, row.name)

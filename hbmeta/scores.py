@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hbmeta.densities import Gaussian
 from hbmeta.errors import CurvatureError, DataError
 
 __all__ = [
@@ -183,23 +184,16 @@ def gaussian_kl(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> Ten
     Raises:
         CurvatureError: a covariance is not positive definite.
     """
-    factor0 = _cholesky(cov0, "cov0", where="gaussian_kl")
-    factor1 = _cholesky(cov1, "cov1", where="gaussian_kl")
     batch = torch.broadcast_shapes(
-        factor0.shape[:-2], factor1.shape[:-2], mean0.shape[:-1], mean1.shape[:-1]
+        mean0.shape[:-1], cov0.shape[:-2], mean1.shape[:-1], cov1.shape[:-2]
     )
-    size = factor0.shape[-1]
-    factor0 = factor0.expand(*batch, size, size)
-    factor1 = factor1.expand(*batch, size, size)
-    step = (mean1.double() - mean0.double()).expand(*batch, size)
-    # tr(S₁⁻¹ S₀) = ‖L₁⁻¹ L₀‖², likewise for the mean.
-    trace = torch.linalg.solve_triangular(factor1, factor0, upper=False).square().sum((-2, -1))
-    distance = torch.linalg.solve_triangular(factor1, step[..., None], upper=False).square()
-    log_ratio = (
-        factor1.diagonal(dim1=-2, dim2=-1).log() - factor0.diagonal(dim1=-2, dim2=-1).log()
-    ).sum(-1)
-    divergence: Tensor = 0.5 * (trace + distance.sum((-2, -1)) - size) + log_ratio
-    return divergence
+
+    def density(mean: Tensor, cov: Tensor, name: str) -> Gaussian:
+        size = cov.shape[-1]
+        factor = _cholesky(cov, name, where="gaussian_kl").expand(*batch, size, size)
+        return Gaussian(mean.double().expand(*batch, size), factor)
+
+    return density(mean0, cov0, "cov0").kl(density(mean1, cov1, "cov1"))
 
 
 def wasserstein2_gaussian(mean0: Tensor, cov0: Tensor, mean1: Tensor, cov1: Tensor) -> Tensor:

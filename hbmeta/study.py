@@ -30,7 +30,6 @@ class Choice:
 
     strategy: Strategy
     steps: int = 1
-    task_prior: bool = True
 
     def quick(self) -> Choice:
         """A first look: a fifth of the work."""
@@ -44,10 +43,10 @@ STRATEGIES = {
     "amortized": Choice(inference.AmortizedGuide(), steps=5000),
     "maml": Choice(inference.MAML(steps=5, step_size=0.05), steps=2000),
     "exact": Choice(inference.ExactLinear()),
-    "no_pooling": Choice(inference.NoPooling(), task_prior=False),
-    "complete_pooling": Choice(inference.CompletePooling(), task_prior=False),
+    "no_pooling": Choice(inference.NoPooling()),
+    "complete_pooling": Choice(inference.CompletePooling()),
 }
-"""The strategies of a study by name; two of them say nothing about the task prior."""
+"""The strategies of a study by name."""
 
 
 def fit_all(
@@ -90,22 +89,23 @@ def fit_all(
 
 
 def estimates(
-    fitted: Fitted, labels: Mapping[str, Sequence[str]], *, task_prior: bool
+    fitted: Fitted, labels: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, float | None]]:
     """Mean and sd of each coordinate of the level-1 sites; sd is None where θ is a point.
 
-    Sites that the loss of the fit did not touch are left out.
+    Sites that the loss of the fit did not touch are left out, and so are "mean" and "scale" where
+    the strategy drops the task prior.
 
     Args:
         fitted: the fit.
         labels: names of the coordinates, by site.
-        task_prior: False leaves out "mean" and "scale", which such a strategy does not estimate.
     """
+    dropped = () if fitted.strategy.keeps_prior else ("mean", "scale")
     out: dict[str, dict[str, float | None]] = {}
     # These still stand where their prior put them, which is no estimate.
     untouched = fitted.info.get("untouched", ())
     for site, value in fitted.globals().items():
-        if site in untouched or (site in ("mean", "scale") and not task_prior):
+        if site in untouched or site in dropped:
             continue
         draws = (value if fitted.drawn else value.unsqueeze(0)).double()
         draws = draws.reshape(len(draws), -1)

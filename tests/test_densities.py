@@ -1,5 +1,7 @@
 """Densities over φ against SciPy, and draws against their moments."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,31 @@ def test_a_full_scale_and_a_diagonal_one_agree(diagonal):
     torch.testing.assert_close(same.draw(phi), diagonal.draw(phi))
     torch.testing.assert_close(same.sd, diagonal.sd)
     torch.testing.assert_close(same.covariance, diagonal.covariance)
+
+
+def gaussians(size, full, seed):
+    rng = np.random.default_rng(seed)
+    loc = torch.tensor(rng.normal(size=(4, size)))
+    sd = torch.tensor(rng.uniform(0.3, 2.0, (4, size)))
+    if not full:
+        return Gaussian(loc, sd)
+    return Gaussian(loc, torch.tensor(rng.normal(size=(4, size, size))).tril(-1) + sd.diag_embed())
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+@pytest.mark.parametrize("full", list(itertools.product([False, True], repeat=2)))
+def test_gaussian_kl_is_the_dense_formula(size, full):
+    first, second = (gaussians(size, f, seed) for seed, f in enumerate(full))
+    found = first.kl(second)
+    for i in range(4):
+        # ½ (tr Σ₂⁻¹ Σ₁ + Δᵀ Σ₂⁻¹ Δ − d + log det Σ₂ − log det Σ₁), dense.
+        a, b = first.covariance[i].numpy(), second.covariance[i].numpy()
+        shift = (second.loc - first.loc)[i].numpy()
+        inverse = np.linalg.inv(b)
+        log_ratio = np.linalg.slogdet(b)[1] - np.linalg.slogdet(a)[1]
+        wanted = 0.5 * (np.trace(inverse @ a) + shift @ inverse @ shift - size + log_ratio)
+        assert found[i].item() == pytest.approx(wanted, rel=1e-9)
+    assert float(first.kl(first).abs().max()) < 1e-12
 
 
 def test_gaussian_draws_have_its_moments(full):

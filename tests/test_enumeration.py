@@ -124,7 +124,7 @@ def test_a_row_s_own_embedding_weighs_the_draws(weighted, layout):
     predictive = of_draws.predict(QUERY)
     found = predictive.probabilities
     # Given draws all labellings need no sum: rows are independent given φ_s.
-    classes = Classes(of_draws.problem, of_draws.particles(), QUERY)
+    classes = Classes(of_draws.problem, of_draws.particles(), QUERY, SUPPORT)
     with_joint = Predictive(classes, QUERY, log_weights=log_w, row_log_weights=classes.log_evidence)
     torch.testing.assert_close(with_joint.probabilities, found)
     joint = with_joint.log_prob(QUERY.y, joint=True)
@@ -244,7 +244,7 @@ def test_linearity_is_tested_and_not_declared(law, linear):
     density = Gaussian(draws(1)[0], torch.full((3, 4), 0.5, dtype=torch.float64))
     with torch.no_grad():
         assert is_linear_gaussian(problem, {}, density, problem.batch(SUPPORT)) == linear
-    assert (integrated(problem, {}, density, QUERY) is not None) == linear
+    assert (integrated(problem, {}, density, QUERY, SUPPORT) is not None) == linear
     # Either way there is a predictive.
     predictive = TaskPosterior(problem, {}, density, SUPPORT).predict(QUERY, draws=50)
     assert predictive.n_draws == (1 if linear else 50)

@@ -75,15 +75,9 @@ class ExactLinear(Strategy):
         def evidence(theta: Theta) -> Tensor:
             return self._evidence(problem, theta, batch)
 
-        found = maximise_evidence(
+        return maximise_evidence(
             problem, batch, evidence, prior=self.prior, options=options, where=self.name
         )
-        info = {
-            "log_evidence": float(evidence(found.theta).detach().sum()),
-            "at_zero": found.at_zero,
-            "converged": found.converged,
-        }
-        return Learned(found.theta, info=info, seconds_staging=found.seconds_staging)
 
     def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
         """The exact posterior at the fitted θ, with each task's log evidence in `info`."""

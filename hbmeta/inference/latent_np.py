@@ -31,31 +31,10 @@ from hbmeta.feeding import Needs
 from hbmeta.inference.amortized_guide import AmortizedGuide
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
-from hbmeta.triangular import solve_lower
 
 Objective = Literal["np", "npml", "iw"]
 
-__all__ = ["LatentNP", "Objective", "gaussian_kl", "neural_process_objective"]
-
-
-def gaussian_kl(first: Gaussian, second: Gaussian) -> Tensor:
-    """(tasks,) KL(first ‖ second) in nats.
-
-    With L₁, L₂ the factors and d the size of φ:
-    ½ (‖L₂⁻¹ L₁‖² + ‖L₂⁻¹ (m₂ − m₁)‖² − d) + log |L₂| − log |L₁|.
-    """
-    shift = second.loc - first.loc
-    size = shift.shape[-1]
-    if first.diagonal and second.diagonal:
-        ratio = first.scale / second.scale
-        parts = ratio.square() + (shift / second.scale).square() - 1.0 - 2.0 * ratio.log()
-        return 0.5 * parts.sum(-1)
-    left, right = (torch.diag_embed(g.scale) if g.diagonal else g.scale for g in (first, second))
-    ratios: Tensor = torch.linalg.solve_triangular(right, left, upper=False)
-    spread = ratios.square().sum((-2, -1))
-    logs = (g.diagonal(dim1=-2, dim2=-1).log().sum(-1) for g in (right, left))
-    log_ratio = next(logs) - next(logs)
-    return 0.5 * (spread + solve_lower(right, shift).square().sum(-1) - size) + log_ratio
+__all__ = ["LatentNP", "Objective", "neural_process_objective"]
 
 
 def neural_process_objective(
@@ -83,7 +62,7 @@ def neural_process_objective(
     phi = both.draw(noise)
     values = torch.vmap(log_likelihood)(phi)
     if objective == "np":
-        return values.mean(0) - gaussian_kl(both, context)
+        return values.mean(0) - both.kl(context)
     return _log_mean(values + context.log_prob(phi) - both.log_prob(phi))
 
 

@@ -152,6 +152,7 @@ class ProtoNet(Strategy):
         """(tasks,) −log p(y | x, S) per query point of a class that has a posterior."""
         mean, precision = _conjugate(problem, theta, support)
         density = self._density(mean, precision)
+        query = problem.given(query, support)
         if isinstance(density, Delta):
             logits = class_cells(problem, theta, density.loc, query)
         else:

@@ -101,17 +101,9 @@ class Quadrature(Strategy):
         def evidence(theta: Theta) -> Tensor:
             return self._weighted(problem, theta, batch)[1].logsumexp(0)
 
-        found = maximise_evidence(
+        return maximise_evidence(
             problem, batch, evidence, prior=self.prior, options=options, where=self.name
         )
-        with torch.no_grad():
-            total = float(evidence(found.theta).sum())
-        info = {
-            "log_evidence": total,
-            "at_zero": found.at_zero,
-            "converged": found.converged,
-        }
-        return Learned(found.theta, info=info, seconds_staging=found.seconds_staging)
 
     def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
         """The weighted nodes, with log p(S | θ) and the error of the quadrature in `info`."""

@@ -22,6 +22,7 @@ from hbmeta.errors import DataError, ProgramError
 from hbmeta.files import JSON
 from hbmeta.models.hierarchical import HierarchicalModel
 from hbmeta.tasks import Tasks
+from hbmeta.tasks.kernels import noise_variance
 from hbmeta.triangular import cholesky
 
 __all__ = ["GaussianProcess"]
@@ -37,8 +38,6 @@ _NAMED = {
     "periodic": lambda: gpytorch.kernels.PeriodicKernel(),
 }
 _WHERE = "GaussianProcess"
-_FLOOR = 1e-8
-"""The least noise variance, in units of scale²."""
 
 
 class GaussianProcess(HierarchicalModel):
@@ -155,14 +154,14 @@ class GaussianProcess(HierarchicalModel):
             for name, known in self.hyperparameters.items()
         }
         # In float64 whatever the data are: the Cholesky factor of a smooth kernel is at the limit
-        # of float32. The floor keeps repeated inputs with hardly any noise from being singular.
+        # of float32.
         x, dtype = x.double(), x.dtype
         value = {name: number.double() for name, number in value.items()}
         own = {name: value[name] for name in self._kernel.shapes}
-        scale, noise = (value[name].reshape(-1, 1, 1).square() for name in ("scale", "noise"))
-        noise = torch.maximum(noise, _FLOOR * scale)
+        scale, noise = (value[name].reshape(-1, 1, 1) for name in ("scale", "noise"))
         identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-        covariance = scale * self._kernel.matrix(own, x) + noise * identity
+        covariance = scale.square() * self._kernel.matrix(own, x)
+        covariance = covariance + noise_variance(noise, scale) * identity
         if mask is not None:
             m = mask.to(x.dtype)
             inside = m.unsqueeze(-1) * m.unsqueeze(-2)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from hbmeta.errors import FileError
 from hbmeta.studies import clusters, gaussian_process, linear, sinusoid
@@ -13,7 +14,7 @@ from hbmeta.studies.common import Outcome, Study, write
 
 __all__ = ["STUDIES", "Outcome", "Study", "check_name", "write"]
 
-STUDIES: Mapping[str, Study] = MappingProxyType(
+STUDIES: Mapping[str, Study[Any]] = MappingProxyType(
     {
         "sinusoid": sinusoid.run,
         "gp": gaussian_process.run,

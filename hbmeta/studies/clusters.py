@@ -10,7 +10,6 @@ the means out.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -24,7 +23,7 @@ from hbmeta.inference import MAML, NUTS, ProtoNet
 from hbmeta.models import ClassConditional, NeuralClassifier
 from hbmeta.oracles import bayes_clusters, known_clusters
 from hbmeta.records import Comparison
-from hbmeta.studies.common import Outcome, Plan, Say, entries, fit_plans, silent
+from hbmeta.studies.common import Outcome, Plan, Say, Study, entries, fit_plans
 from hbmeta.tasks import Clusters, Episode, Tasks
 from hbmeta.tasks.clusters import Placement
 
@@ -57,29 +56,7 @@ class Budget:
     sampled: int = 20
 
 
-FULL = Budget()
-QUICK = Budget(proto=300, maml=500, draws=200, tasks=100, sampled=5)
-
-
-def run(
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    say: Say = silent,
-    compile: bool | str = "auto",
-    budget: Budget | None = None,
-) -> Outcome:
-    """Both settings: 5 ways, 5 shots, 15 query points per class.
-
-    Args:
-        seed: of the tasks and of the fits.
-        quick: a first look, with a fraction of the work.
-        say: takes one line of progress per fit.
-        compile: as for `Strategy.fit`.
-        budget: how much work; by default that of `quick` or the full one.
-    """
-    start = time.perf_counter()
-    budget = budget or (QUICK if quick else FULL)
+def _find(budget: Budget, seed: int, say: Say, compile: bool | str) -> Outcome:
     budget = replace(budget, sampled=min(budget.sampled, budget.tasks))
     tables: dict[str, Comparison] = {}
     captions: dict[str, str] = {}
@@ -114,8 +91,13 @@ def run(
         comparisons=tables,
         captions=captions,
         figures=figures,
-        seconds=time.perf_counter() - start,
     )
+
+
+run = Study(
+    _find, full=Budget(), quick=Budget(proto=300, maml=500, draws=200, tasks=100, sampled=5)
+)
+"""Both settings: 5 ways, 5 shots, 15 query points per class."""
 
 
 def _named(say: Say, label: str) -> Say:

@@ -1,4 +1,4 @@
-"""What every study gives back, and how it is printed and written."""
+"""How every study is run, what it gives back, and how that is printed and written."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 from matplotlib.figure import Figure
 
@@ -21,27 +21,15 @@ from hbmeta.records import Comparison
 
 __all__ = ["Outcome", "Plan", "Say", "Study", "entries", "fit_plans", "silent", "write"]
 
+Budget = TypeVar("Budget")
+"""How much work a study is, in numbers of its own."""
+
 Say = Callable[[str], None]
 """Takes one line of progress."""
 
 
 def silent(line: str) -> None:
     """Says nothing."""
-
-
-class Study(Protocol):
-    """Runs a study; a function of its arguments alone."""
-
-    def __call__(
-        self,
-        *,
-        seed: int = 0,
-        quick: bool = False,
-        say: Say = silent,
-        compile: bool | str = "auto",
-    ) -> Outcome:
-        """See `Outcome`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class Outcome:
         comparisons: tables by name.
         captions: one line above each table, by the same names.
         figures: by name; made when they are written, because they take time too.
-        seconds: wall-clock seconds of the whole study, figures left out.
+        seconds: wall-clock seconds of the whole study, figures left out; measured by `Study`.
     """
 
     title: str
@@ -62,7 +50,7 @@ class Outcome:
     comparisons: Mapping[str, Comparison]
     captions: Mapping[str, str]
     figures: Mapping[str, Callable[[], Figure]] = field(repr=False)
-    seconds: float
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         tables = [
@@ -82,6 +70,44 @@ class Outcome:
         return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
 
+@dataclass(frozen=True)
+class Study(Generic[Budget]):
+    """A study that can be run; what it finds is a function of the arguments alone.
+
+    Attributes:
+        find: budget, seed, say and compile to what was found.
+        full: how much work it is.
+        quick: a first look, with a fraction of the work.
+    """
+
+    find: Callable[[Budget, int, Say, bool | str], Outcome]
+    full: Budget
+    quick: Budget
+
+    def __call__(
+        self,
+        *,
+        seed: int = 0,
+        quick: bool = False,
+        say: Say = silent,
+        compile: bool | str = "auto",
+        budget: Budget | None = None,
+    ) -> Outcome:
+        """Run the study.
+
+        Args:
+            seed: of the held-out tasks and of the fits.
+            quick: a first look, with a fraction of the work.
+            say: takes one line of progress per fit.
+            compile: as for `Strategy.fit`.
+            budget: how much work; by default that of `quick` or the full one.
+        """
+        start = time.perf_counter()
+        chosen = budget or (self.quick if quick else self.full)
+        outcome = self.find(chosen, seed, say, compile)
+        return replace(outcome, seconds=time.perf_counter() - start)
+
+
 def entries(texts: Mapping[str, str], width: int = 100) -> str:
     """Names on the left and what is said of them on the right, in lines of at most `width`."""
     margin = max(map(len, texts)) + 2
@@ -97,7 +123,7 @@ def write(folder: Path, outcome: Outcome) -> None:
 
     Args:
         folder: where to; made if it is missing.
-        outcome: what `run` returned.
+        outcome: what the study returned.
     Raises:
         FileError: a file cannot be written.
     """

@@ -8,7 +8,6 @@ expectation. The exact predictive with ℓ integrated out is the best that such 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,7 @@ from hbmeta.models import GaussianProcess, LatentProcess, NeuralRegression
 from hbmeta.oracles import known_kernel
 from hbmeta.records import Comparison
 from hbmeta.rows import Score
-from hbmeta.studies.common import Outcome, Plan, Say, entries, fit_plans, silent
+from hbmeta.studies.common import Outcome, Plan, Say, Study, entries, fit_plans
 from hbmeta.studies.waves import grid_of
 from hbmeta.tasks import Episode, GaussianProcessTasks, Tasks
 
@@ -54,29 +53,7 @@ class Budget:
     sampled: int = 20
 
 
-FULL = Budget()
-QUICK = Budget(latent=2_000, maml=1_000, draws=300, tasks=100, sampled=5)
-
-
-def run(
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    say: Say = silent,
-    compile: bool | str = "auto",
-    budget: Budget | None = None,
-) -> Outcome:
-    """Trains on tasks of 3 to 20 points, judges on tasks of 10 points and 30 held-out ones.
-
-    Args:
-        seed: of the tasks and of the fits.
-        quick: a first look, with a fraction of the work.
-        say: takes one line of progress per fit.
-        compile: as for `Strategy.fit`.
-        budget: how much work; by default that of `quick` or the full one.
-    """
-    start = time.perf_counter()
-    budget = budget or (QUICK if quick else FULL)
+def _find(budget: Budget, seed: int, say: Say, compile: bool | str) -> Outcome:
     budget = replace(budget, sampled=min(budget.sampled, budget.tasks))
     family = GaussianProcessTasks(dtype=torch.float32)
     held_out = replace(family, shots=_CONTEXT, queries=30, dtype=torch.float64)
@@ -132,8 +109,13 @@ def run(
             "sampled": f"the first {budget.sampled} of them, with NUTS over ℓ",
         },
         figures=_figures(fits, sampled, held_out, truth["lengthscale"]),
-        seconds=time.perf_counter() - start,
     )
+
+
+run = Study(
+    _find, full=Budget(), quick=Budget(latent=2_000, maml=1_000, draws=300, tasks=100, sampled=5)
+)
+"""Trains on tasks of 3 to 20 points, judges on tasks of 10 points and 30 held-out ones."""
 
 
 def agreement(nuts: Fitted, exact: Fitted) -> tuple[float, int]:

@@ -11,7 +11,6 @@ full Gaussian that one network gives for every task is off by the network; an ex
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -34,7 +33,7 @@ from hbmeta.inference import (
 from hbmeta.models import LinearRegression
 from hbmeta.posterior import TaskPosterior
 from hbmeta.scores import gaussian_kl, wasserstein2_gaussian
-from hbmeta.studies.common import Outcome, Plan, Say, entries, fit_plans, silent
+from hbmeta.studies.common import Outcome, Plan, Say, Study, entries, fit_plans
 from hbmeta.tables import aligned
 from hbmeta.tasks import LinearTasks
 
@@ -56,29 +55,7 @@ class Budget:
     tasks: int = 100
 
 
-FULL = Budget()
-QUICK = Budget(guide=1_000, draws=500, tasks=40)
-
-
-def run(
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    say: Say = silent,
-    compile: bool | str = "auto",
-    budget: Budget | None = None,
-) -> Outcome:
-    """Every strategy that suits the program, on the same tasks, next to the exact posterior.
-
-    Args:
-        seed: of the tasks and of the fits.
-        quick: a first look, with a fraction of the work.
-        say: takes one line of progress per fit.
-        compile: as for `Strategy.fit`.
-        budget: how much work; by default that of `quick` or the full one.
-    """
-    start = time.perf_counter()
-    budget = budget or (QUICK if quick else FULL)
+def _find(budget: Budget, seed: int, say: Say, compile: bool | str) -> Outcome:
     family = LinearTasks(
         _MEAN, _COVARIANCE, noise=_NOISE, shots=(1, 6), queries=10, low=0.0, high=2.0
     )
@@ -107,8 +84,11 @@ def run(
         comparisons={"all": table},
         captions={"all": f"{budget.tasks} tasks of 1 to 6 points"},
         figures=_figures(posteriors),
-        seconds=time.perf_counter() - start,
     )
+
+
+run = Study(_find, full=Budget(), quick=Budget(guide=1_000, draws=500, tasks=40))
+"""Every strategy that suits the program, on the same tasks, next to the exact posterior."""
 
 
 def divergences(posteriors: Mapping[str, TaskPosterior]) -> dict[str, tuple[float, float]]:

@@ -8,7 +8,6 @@ functions they bring along, and how they update it on the support.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from hbmeta.comparison import compare
 from hbmeta.fitted import Fitted
 from hbmeta.inference import MAML, NUTS, AmortizedGuide, LatentNP
 from hbmeta.models import LatentProcess, NeuralRegression
-from hbmeta.studies.common import Outcome, Plan, Say, entries, fit_plans, silent
+from hbmeta.studies.common import Outcome, Plan, Say, Study, entries, fit_plans
 from hbmeta.studies.waves import adaptation, error_by_step, grid_of
 from hbmeta.tasks import Episode, Sinusoids, Tasks
 
@@ -64,31 +63,7 @@ class Budget:
     predictive: int = 200
 
 
-FULL = Budget()
-QUICK = Budget(
-    maml=1_500, guide=500, latent=800, draws=200, depth=7, tasks=100, sampled=6, predictive=100
-)
-
-
-def run(
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    say: Say = silent,
-    compile: bool | str = "auto",
-    budget: Budget | None = None,
-) -> Outcome:
-    """Fits on tasks of 10 + 10 points, judges on held-out tasks of 5 + 50 points.
-
-    Args:
-        seed: of the fits; the held-out tasks are the same for the same seed too.
-        quick: a first look, with a tenth of the training.
-        say: takes one line of progress per fit.
-        compile: as for `Strategy.fit`.
-        budget: how much work; by default that of `quick` or the full one.
-    """
-    start = time.perf_counter()
-    budget = budget or (QUICK if quick else FULL)
+def _find(budget: Budget, seed: int, say: Say, compile: bool | str) -> Outcome:
     budget = replace(budget, sampled=min(budget.sampled, budget.tasks))
     family = Sinusoids()
     held_out = replace(family, shots=_SHOTS, queries=50, dtype=torch.float64)
@@ -113,8 +88,17 @@ def run(
         comparisons=tables,
         captions=captions,
         figures=_figures(fits, sampled, test, truth, budget),
-        seconds=time.perf_counter() - start,
     )
+
+
+run = Study(
+    _find,
+    full=Budget(),
+    quick=Budget(
+        maml=1_500, guide=500, latent=800, draws=200, depth=7, tasks=100, sampled=6, predictive=100
+    ),
+)
+"""Fits on tasks of 10 + 10 points, judges on held-out tasks of 5 + 50 points."""
 
 
 def _plans(

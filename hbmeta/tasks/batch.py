@@ -362,10 +362,15 @@ class Episode:
 
 
 class TaskSource(Protocol):
-    """Anything that tasks can be drawn from, without end: a synthetic family, an image set."""
+    """Anything that tasks can be drawn from, without end: a synthetic family, an image set.
+
+    Tasks are independent of each other, so that training draws those of many steps in one call. A
+    source whose tasks of one call share something (a number of rows that is drawn once) sets an
+    attribute `independent_tasks = False` and is called at every step.
+    """
 
     def sample(self, n_tasks: int, *, seed: int) -> Episode:
-        """Draw tasks with their support and query rows; a function of the seed alone."""
+        """Draw n_tasks tasks with their support and query rows; a function of the seed alone."""
         ...
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "child_seeds",
     "flatten_padded",
     "generator",
+    "is_whole",
     "sort_flat",
 ]
 
@@ -284,10 +285,14 @@ def check_labels(y: Tensor, *, where: str) -> None:
         )
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is an int of Python or NumPy; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def check_seed(seed: Any, *, where: str) -> int:
     """Return a seed as int; it must be a whole number from 0 to 2⁶³ - 1."""
-    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if not whole or not 0 <= int(seed) < 2**63:
+    if not is_whole(seed) or not 0 <= int(seed) < 2**63:
         raise DataError(
             where,
             needed="seed as a whole number of at least 0",
@@ -299,8 +304,7 @@ def check_seed(seed: Any, *, where: str) -> int:
 
 def check_count(value: Any, name: str, *, where: str) -> int:
     """Return a number of things as int; it must be a whole number from 1 on."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or int(value) < 1:
+    if not is_whole(value) or int(value) < 1:
         raise DataError(
             where,
             needed=f"{name} as a whole number of at least 1",

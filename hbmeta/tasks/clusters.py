@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hbmeta.errors import DataError
 from hbmeta.tasks.batch import Episode, Tasks
-from hbmeta.tasks.checks import generator
-from hbmeta.tasks.ranges import check_dtype, check_n_tasks, single_number
+from hbmeta.tasks.families import Family
+from hbmeta.tasks.ranges import check_dtype, single_number
 
 Placement = Literal["disk", "circle"]
 
@@ -20,7 +20,7 @@ __all__ = ["Clusters", "Placement"]
 
 
 @dataclass(frozen=True)
-class Clusters:
+class Clusters(Family[dict[str, Tensor]]):
     """Classes that are round Gaussian clusters, their means uniform on a disk or around a circle.
 
     x_ij | y_ij = k ~ N(c_ik, noise² I₂). Every class has as many rows as every other, shuffled
@@ -33,7 +33,8 @@ class Clusters:
     separated classes; on the disk no classifier reaches it.)
 
     `hbmeta.oracles.known_clusters` is the classifier that knows the means, and
-    `hbmeta.oracles.bayes_clusters` the best one that sees the support only.
+    `hbmeta.oracles.bayes_clusters` the best one that sees the support only. The features are "x0"
+    and "x1", the labels 0..ways-1, and the truth is "means" (tasks, ways, 2), float64.
 
     Args:
         ways: number of classes, at least 2.
@@ -82,23 +83,7 @@ class Clusters:
                 do="Choose one.",
             )
 
-    def sample(self, n_tasks: int, *, seed: int) -> Episode:
-        """Draw tasks; see `sample_with_truth`."""
-        return self.sample_with_truth(n_tasks, seed=seed)[0]
-
-    def sample_with_truth(self, n_tasks: int, *, seed: int) -> tuple[Episode, dict[str, Tensor]]:
-        """Draw tasks and the class means that made them.
-
-        Args:
-            n_tasks: number of tasks, at least 1.
-            seed: the draw is a function of the seed alone.
-        Returns:
-            The episode (features "x0" and "x1", labels 0..ways-1, ids 0..n_tasks-1), and "means"
-            (tasks, ways, 2), float64.
-        """
-        where = "Clusters.sample"
-        check_n_tasks(n_tasks, where=where)
-        draw = generator(seed, where=where)
+    def _draw(self, n_tasks: int, draw: torch.Generator) -> tuple[Episode, dict[str, Tensor]]:
         share, turn = torch.rand(2, n_tasks, self.ways, generator=draw, dtype=torch.float64)
         # A disk of radius r holds (r/R)² of the area: that share is uniform, not r itself.
         r, angle = self.radius * share.sqrt(), 2 * math.pi * turn

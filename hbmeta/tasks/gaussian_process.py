@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hbmeta.tasks.batch import Episode, Tasks
-from hbmeta.tasks.checks import generator
+from hbmeta.tasks.families import Family
 from hbmeta.tasks.kernels import (
     KernelName,
     check_kernel,
@@ -22,7 +22,6 @@ from hbmeta.tasks.ranges import (
     Rows,
     check_dtype,
     check_ends,
-    check_n_tasks,
     number_range,
     row_groups,
     row_range,
@@ -33,7 +32,7 @@ __all__ = ["GaussianProcessTasks"]
 
 
 @dataclass(frozen=True)
-class GaussianProcessTasks:
+class GaussianProcessTasks(Family[dict[str, Tensor]]):
     """Regressions on functions from a Gaussian process: the tasks of the neural-process papers.
 
     f_i ~ GP(0, scale_i² k(·, ·; lengthscale_i, period_i)), x_ij ~ U(low, high),
@@ -49,6 +48,9 @@ class GaussianProcessTasks:
     The kernels are parametrised as in gpytorch. That matters for "periodic", whose lengthscale is
     not squared: exp(−2 sin²(π d / period) / lengthscale). See `hbmeta.tasks.kernels`.
 
+    The feature is "x", and the truth "lengthscale", "scale", "noise" and for the periodic kernel
+    "period", (tasks,) each, float64.
+
     Args:
         kernel: "rbf", "matern12", "matern32", "matern52" or "periodic".
         lengthscale: above 0, in the units of x (without a unit for "periodic").
@@ -63,6 +65,8 @@ class GaussianProcessTasks:
     Raises:
         DataError: an unknown kernel, a hyperparameter that is not finite or not positive, a range
             whose ends are the wrong way round, impossible row numbers, another dtype.
+        CurvatureError: when tasks are drawn, so many rows that a covariance is singular to
+            rounding.
     Example:
         >>> GaussianProcessTasks(kernel="matern52", shots=(3, 8)).sample(2, seed=0).query
         Tasks(2 tasks, 40 points (20 each), features [x], y numbers, float64)
@@ -107,25 +111,8 @@ class GaussianProcessTasks:
         distance = (first.double()[:, :, None] - second.double()[:, None, :]).abs()
         return truth["scale"][:, None, None] ** 2 * correlation(self.kernel, distance, truth)
 
-    def sample(self, n_tasks: int, *, seed: int) -> Episode:
-        """Draw tasks; see `sample_with_truth`."""
-        return self.sample_with_truth(n_tasks, seed=seed)[0]
-
-    def sample_with_truth(self, n_tasks: int, *, seed: int) -> tuple[Episode, dict[str, Tensor]]:
-        """Draw tasks and the hyperparameters that made them.
-
-        Args:
-            n_tasks: number of tasks, at least 1.
-            seed: the draw is a function of the seed alone.
-        Returns:
-            The episode (one feature "x", ids 0..n_tasks-1), and "lengthscale", "scale", "noise"
-            and for the periodic kernel "period", (tasks,) each, float64.
-        Raises:
-            CurvatureError: so many rows that a covariance is singular to rounding.
-        """
+    def _draw(self, n_tasks: int, draw: torch.Generator) -> tuple[Episode, dict[str, Tensor]]:
         where = "GaussianProcessTasks.sample"
-        check_n_tasks(n_tasks, where=where)
-        draw = generator(seed, where=where)
         truth = {
             name: uniform(number_range(getattr(self, name), name, where=where), n_tasks, draw)
             for name in self.hyperparameters

@@ -68,7 +68,7 @@ def correlation(
 
 
 def noise_variance(noise: Tensor, scale: Tensor) -> Tensor:
-    """The variance of y given f, (tasks,): noise², but at least 1e-8 scale².
+    """The variance of y given f, (...): noise², but at least 1e-8 scale².
 
     Two equal inputs would otherwise make the covariance of y singular where noise is 0. A noise
     above 1e-4 scale stays what it is.

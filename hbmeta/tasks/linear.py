@@ -10,20 +10,21 @@ from torch import Tensor
 
 from hbmeta.errors import DataError
 from hbmeta.tasks.batch import Episode, Tasks
-from hbmeta.tasks.checks import generator
-from hbmeta.tasks.ranges import Rows, check_ends, check_n_tasks, row_groups, row_range
+from hbmeta.tasks.families import Family
+from hbmeta.tasks.ranges import Rows, check_ends, row_groups, row_range
 
 __all__ = ["LinearTasks"]
 
 
 @dataclass(frozen=True, eq=False)
-class LinearTasks:
+class LinearTasks(Family[Tensor]):
     """Linear regressions whose coefficients come from one Gaussian.
 
     φ_i ~ N(mean, covariance), x_ij uniform on [low, high] in each column,
     y_ij = x_ijᵀ φ_i + ε_ij with ε_ij ~ N(0, noise²), everything independent.
     Hence y_i ~ N(X_i mean, X_i covariance X_iᵀ + noise² I), which is what makes it a test bed:
-    every posterior φ_i | S_i and the marginal likelihood have a closed form.
+    every posterior φ_i | S_i and the marginal likelihood have a closed form. Tasks are float64, and
+    the truth is φ (tasks, p).
 
     Args:
         mean: (p,) mean of the coefficients.
@@ -100,21 +101,7 @@ class LinearTasks:
         uniform = len(self.mean) - int(self.intercept)
         return ("intercept",) * int(self.intercept) + tuple(f"x{c}" for c in range(uniform))
 
-    def sample(self, n_tasks: int, *, seed: int) -> Episode:
-        """Draw tasks; see `sample_with_truth`."""
-        return self.sample_with_truth(n_tasks, seed=seed)[0]
-
-    def sample_with_truth(self, n_tasks: int, *, seed: int) -> tuple[Episode, Tensor]:
-        """Draw tasks and the coefficients that made them.
-
-        Args:
-            n_tasks: number of tasks, at least 1.
-            seed: the draw is a function of the seed alone.
-        Returns:
-            The episode (float64, ids 0..n_tasks-1), and φ of shape (tasks, p).
-        """
-        check_n_tasks(n_tasks, where="LinearTasks.sample")
-        draw = generator(seed, where="LinearTasks.sample")
+    def _draw(self, n_tasks: int, draw: torch.Generator) -> tuple[Episode, Tensor]:
         mean, covariance = torch.as_tensor(self.mean), torch.as_tensor(self.covariance)
         # A square root by eigenvalues: unlike Cholesky it exists for a singular covariance too.
         values, vectors = torch.linalg.eigh(covariance)

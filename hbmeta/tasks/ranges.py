@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbmeta.errors import DataError
+from hbmeta.tasks.checks import is_whole
 
 __all__ = [
     "Range",
@@ -106,8 +107,7 @@ def check_dtype(dtype: Any, *, where: str) -> None:
 
 def check_n_tasks(n_tasks: Any, *, where: str) -> None:
     """Raise where no such number of tasks can be drawn."""
-    whole = isinstance(n_tasks, int | np.integer) and not isinstance(n_tasks, bool)
-    if not whole or n_tasks < 1:
+    if not is_whole(n_tasks) or n_tasks < 1:
         raise DataError(
             where,
             needed="n_tasks of at least 1",

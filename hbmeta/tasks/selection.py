@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hbmeta.errors import DataError
+from hbmeta.tasks.checks import is_whole
 
 __all__ = ["Selection", "positions_of", "shown", "support_counts"]
 
@@ -22,9 +23,7 @@ def positions_of(selection: Selection, n_tasks: int) -> list[int]:
         positions = list(range(n_tasks)[selection])
     else:
         given = selection.tolist() if isinstance(selection, Tensor | np.ndarray) else selection
-        whole = isinstance(given, list | tuple | range) and all(
-            isinstance(i, int | np.integer) and not isinstance(i, bool) for i in given
-        )
+        whole = isinstance(given, list | tuple | range) and all(map(is_whole, given))
         if not whole or any(not -n_tasks <= i < n_tasks for i in given):
             raise DataError(
                 "Tasks[...]",
@@ -49,8 +48,7 @@ def support_counts(counts: Tensor, support: int | float, *, where: str) -> Tenso
     if isinstance(support, float) and 0 < support < 1:
         rounded = (counts * support + 0.5).floor().long()
         return torch.minimum(rounded.clamp(min=1), most)
-    whole = isinstance(support, int | np.integer) and not isinstance(support, bool)
-    if not whole or support < 0:
+    if not is_whole(support) or support < 0:
         raise DataError(
             where,
             needed="support as a number of rows (int, at least 0) or a fraction between 0 and 1",

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from hbmeta.tasks.batch import Episode, Tasks
-from hbmeta.tasks.checks import generator
+from hbmeta.tasks.families import Family
 from hbmeta.tasks.ranges import (
     Range,
     Rows,
     check_dtype,
     check_ends,
-    check_n_tasks,
     number_range,
     row_groups,
     row_range,
@@ -27,7 +26,7 @@ __all__ = ["Sinusoids"]
 
 
 @dataclass(frozen=True)
-class Sinusoids:
+class Sinusoids(Family[dict[str, Tensor]]):
     """Sine waves y = A sin(x − b) + ε, one amplitude and one phase per task.
 
     A_i ~ U(amplitude), b_i ~ U(phase), x_ij ~ U(low, high), ε_ij ~ N(0, noise²), everything
@@ -38,7 +37,8 @@ class Sinusoids:
     function is 0. The two are different benchmarks: their losses do not compare.
 
     The wave is α sin x − β cos x with α = A cos b and β = A sin b, which two noiseless rows
-    determine. `hbmeta.oracles.bayes_sinusoid` is the exact predictive, for noise > 0.
+    determine. `hbmeta.oracles.bayes_sinusoid` is the exact predictive, for noise > 0. The feature
+    is "x", and the truth "amplitude" and "phase", (tasks,) each, float64.
 
     Args:
         amplitude: A, at least 0, in the units of y; a number, or a range (low, high).
@@ -76,25 +76,9 @@ class Sinusoids:
         row_range(self.queries, "queries", where=where)
         check_dtype(self.dtype, where=where)
 
-    def sample(self, n_tasks: int, *, seed: int) -> Episode:
-        """Draw tasks; see `sample_with_truth`."""
-        return self.sample_with_truth(n_tasks, seed=seed)[0]
-
-    def sample_with_truth(self, n_tasks: int, *, seed: int) -> tuple[Episode, dict[str, Tensor]]:
-        """Draw tasks and the amplitudes and phases that made them.
-
-        Args:
-            n_tasks: number of tasks, at least 1.
-            seed: the draw is a function of the seed alone.
-        Returns:
-            The episode (one feature "x", ids 0..n_tasks-1), and "amplitude" and "phase", (tasks,)
-            each, float64.
-        """
-        where = "Sinusoids.sample"
-        check_n_tasks(n_tasks, where=where)
-        draw = generator(seed, where=where)
+    def _draw(self, n_tasks: int, draw: torch.Generator) -> tuple[Episode, dict[str, Tensor]]:
         truth = {
-            name: uniform(number_range(getattr(self, name), name, where=where), n_tasks, draw)
+            name: uniform(number_range(getattr(self, name), name, where="Sinusoids"), n_tasks, draw)
             for name in ("amplitude", "phase")
         }
         support = self._rows(self.shots, truth, draw)

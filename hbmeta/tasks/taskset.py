@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hbmeta.errors import DataError
 from hbmeta.tasks.batch import Episode, Tasks
-from hbmeta.tasks.checks import TaskId, child_seeds, generator
+from hbmeta.tasks.checks import TaskId, child_seeds, generator, is_whole
 from hbmeta.tasks.schema import Schema
 from hbmeta.tasks.selection import shown, support_counts
 
@@ -276,9 +276,8 @@ class TaskSet:
 
 def _known(groups: float | int, n_tasks: int, *, where: str) -> int:
     """How many groups are known: at least one, and at least one is new."""
-    whole = isinstance(groups, int | np.integer) and not isinstance(groups, bool)
     if n_tasks >= 2:
-        if whole and 1 <= groups < n_tasks:
+        if is_whole(groups) and 1 <= groups < n_tasks:
             return int(groups)
         if isinstance(groups, float) and 0 < groups < 1:
             return min(max(int(groups * n_tasks + 0.5), 1), n_tasks - 1)

@@ -59,18 +59,6 @@ def test_layout():
     assert episode.query.y.shape == (3, 8)
 
 
-def test_sampling_is_a_function_of_the_seed(untouched):
-    family = Clusters()
-    with untouched():
-        first, truth = family.sample_with_truth(5, seed=3)
-        again, truth_again = family.sample_with_truth(5, seed=3)
-        other = family.sample(5, seed=4)
-    assert first.support.same_data(again.support)
-    assert first.query.same_data(again.query)
-    assert torch.equal(truth["means"], truth_again["means"])
-    assert not first.query.same_data(other.query)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,8 +78,3 @@ def test_errors(arguments, message):
     with pytest.raises(DataError, match=message) as caught:
         Clusters(**arguments)
     assert caught.value.where == "Clusters"
-
-
-def test_no_tasks():
-    with pytest.raises(DataError, match="n_tasks of at least 1"):
-        Clusters().sample(0, seed=0)

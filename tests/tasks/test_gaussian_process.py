@@ -75,18 +75,6 @@ def test_dtype_is_that_of_the_data_only():
     torch.testing.assert_close(narrow.query.flat_y.double(), wide.query.flat_y, atol=1e-4, rtol=0)
 
 
-def test_sampling_is_a_function_of_the_seed(untouched):
-    family = GaussianProcessTasks()
-    with untouched():
-        first, truth = family.sample_with_truth(5, seed=3)
-        again, truth_again = family.sample_with_truth(5, seed=3)
-        other = family.sample(5, seed=4)
-    assert first.support.same_data(again.support)
-    assert first.query.same_data(again.query)
-    assert all(torch.equal(truth[name], truth_again[name]) for name in truth)
-    assert not first.query.same_data(other.query)
-
-
 def test_no_rows_at_all():
     episode = GaussianProcessTasks(shots=0, queries=(0, 1)).sample(20, seed=0)
     assert episode.support.n_points == 0
@@ -113,8 +101,3 @@ def test_errors(arguments, message):
     with pytest.raises(DataError, match=message) as caught:
         GaussianProcessTasks(**arguments)
     assert caught.value.where == "GaussianProcessTasks"
-
-
-def test_no_tasks():
-    with pytest.raises(DataError, match="n_tasks of at least 1"):
-        GaussianProcessTasks().sample(0, seed=0)

@@ -52,18 +52,6 @@ def test_numbers_of_rows():
     assert set(ragged.support.counts.tolist()) == {0, 1, 2, 3}  # missed once in 1e25 tries
 
 
-def test_sampling_is_a_function_of_the_seed(untouched):
-    family = LinearTasks(MEAN, COVARIANCE, noise=0.1, shots=(2, 5))
-    with untouched():
-        first, phi = family.sample_with_truth(5, seed=3)
-        again, phi_again = family.sample_with_truth(5, seed=3)
-        other = family.sample(5, seed=4)
-    assert first.support.same_data(again.support)
-    assert first.query.same_data(again.query)
-    assert torch.equal(phi, phi_again)
-    assert not first.query.same_data(other.query)
-
-
 def test_a_singular_covariance_is_allowed():
     _, phi = LinearTasks(MEAN, [[1.0, 2.0], [2.0, 4.0]], noise=0.1).sample_with_truth(50, seed=0)
     assert torch.allclose(phi[:, 1] + 0.5, 2 * (phi[:, 0] - 1))
@@ -89,8 +77,3 @@ def test_a_singular_covariance_is_allowed():
 def test_errors(arguments, message):
     with pytest.raises(DataError, match=message):
         LinearTasks(**{"mean": MEAN, "covariance": COVARIANCE, "noise": 0.1} | arguments)
-
-
-def test_no_tasks():
-    with pytest.raises(DataError, match="n_tasks of at least 1"):
-        LinearTasks(MEAN, COVARIANCE, noise=0.1).sample(0, seed=0)
