@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import arviz
 import numpy as np
+import torch
 from torch import Tensor
 
 from hbmeta import __version__
@@ -153,7 +154,7 @@ class _Builder:
             self.log_likelihood = self._by_chain(rows)
 
     def _by_chain(self, values: Tensor) -> Any:
-        array = values.detach().cpu().numpy()
+        array = _array(values)
         return array.reshape(self.chains, array.shape[0] // self.chains, *array.shape[1:])
 
     def add_drawn(self, values: Mapping[str, Tensor]) -> None:
@@ -166,7 +167,7 @@ class _Builder:
         """Global sites that are held at a point."""
         for name, value in values.items():
             key = self.names[name]
-            self.constants[key] = value.detach().cpu().numpy()
+            self.constants[key] = _array(value)
             self.dims[key] = _own_dims(key, value.ndim)
 
     def add_statistics(self, info: Mapping[str, Any]) -> None:
@@ -206,12 +207,12 @@ class _Builder:
                 found = {self.response: self.log_likelihood}
                 groups["log_likelihood"] = self._dataset(found, attributes, sampled=True)
             if support.flat_y is not None:
-                y = support.flat_y.cpu().numpy()
+                y = _array(support.flat_y)
                 self.dims[self.response] = ["obs", *_own_dims(self.response, y.ndim - 1)]
                 found = {self.response: y}
                 groups["observed_data"] = self._dataset(found, attributes, sampled=False)
             if support.features:
-                constants["x"] = support.flat_x.cpu().numpy()
+                constants["x"] = _array(support.flat_x)
         if constants:
             groups["constant_data"] = self._dataset(constants, attributes, sampled=False)
         return arviz.InferenceData(**groups, attrs=dict(attributes))
@@ -265,3 +266,9 @@ def _taken(values: Tensor, index: Tensor) -> Tensor:
     trailing = values.shape[2:]
     full = index.reshape(*index.shape, *(1,) * len(trailing)).expand(*index.shape, *trailing)
     return values.gather(0, full.to(values.device))
+
+
+def _array(values: Tensor) -> Any:
+    """As an array; bfloat16, which NumPy has not, as float32."""
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()

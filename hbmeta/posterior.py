@@ -344,18 +344,18 @@ class TaskPosterior:
             )
         if tasks.n_points and self.problem.classes is not None:
             return self._predict_classes(particles, tasks, seed)
-        exact = linear_gaussian(self.problem, self.theta, self.density, tasks)
+        exact = linear_gaussian(self.problem, self.theta, self.density, tasks, self.support)
         if exact is not None:
             return Predictive(exact, tasks, joint=exact.joint, joint_sample=exact.sample, **units)  # type: ignore[arg-type]
-        mixture = Mixture(self.problem, particles, tasks)
+        mixture = Mixture(self.problem, particles, tasks, self.support)
         return Predictive(mixture, tasks, log_weights=particles.log_weights, **units)  # type: ignore[arg-type]
 
     def _predict_classes(self, particles: Particles, tasks: Tasks, seed: int) -> Predictive:
         if isinstance(self.density, Gaussian):
-            closed = integrated(self.problem, self.theta, self.density, tasks)
+            closed = integrated(self.problem, self.theta, self.density, tasks, self.support)
             if closed is not None:
                 return Predictive(closed, tasks, joint=no_joint, seed=seed)
-        classes = Classes(self.problem, particles, tasks)
+        classes = Classes(self.problem, particles, tasks, self.support)
         return Predictive(
             classes,
             tasks,

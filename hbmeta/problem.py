@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from hbmeta.program import (
     evaluate,
     layouts,
     program_name,
+    takes_context,
 )
 from hbmeta.rebuilding import rebuild, tensors_of
 from hbmeta.sites import Sites
@@ -65,6 +67,7 @@ class Problem:
                 found=f"a signature that offers {' and '.join(offered)}",
                 do="Leave layout out, or give the program the keywords task and n_tasks.",
             )
+        self.takes_context = takes_context(program)
         self.layout: Layout = layout or self._cheaper(offered, tasks)
         self.dtype, self.device = tasks.dtype, tasks.device
         if isinstance(program, nn.Module):
@@ -82,7 +85,8 @@ class Problem:
                 found=f"{example.n_points} rows" + ("" if example.flat_y is not None else ", no y"),
                 do="Fit on tasks with data; empty supports are for adapt.",
             )
-        self.sites: Sites = inspect_program(self.program, Batch.of(example, self.layout))
+        whole = self._with_context(Batch.of(example, self.layout))
+        self.sites: Sites = inspect_program(self.program, whole)
         self._row = (example.flat_x[:1].clone(), example.flat_y[:1].clone())
         self.y_dtype = example.flat_y.dtype
         self._check_names()
@@ -118,12 +122,14 @@ class Problem:
             return []
         return [(n, p) for n, p in self.program.named_parameters() if p.requires_grad]
 
-    def batch(self, tasks: Tasks) -> Batch:
-        """The tasks as this problem's layout wants them.
+    def batch(self, tasks: Tasks, support: Tasks | None = None) -> Batch:
+        """The tasks as this problem's layout wants them, predicted from a support; see `given`.
 
         Pyro refuses plates of size 0, so where no task has a row, one row of the data that the
         program was read from stands in, masked out.
         """
+        if support is not None and self.takes_context is not None:
+            return self.given(self.batch(tasks), self.batch(support))
         if tasks.n_points:
             return Batch.of(tasks, self.layout)
         x, y = self._row
@@ -139,6 +145,22 @@ class Problem:
         y_cells = None if y_row is None else each(y_row)
         return Batch(each(x), y_cells, each(nothing), None, tasks.n_tasks, self.layout == "joint")
 
+    def given(self, query: Batch, support: Batch) -> Batch:
+        """The query with the support as its context, where the program asks for one.
+
+        Whoever evaluates a query other than by `log_predictive` calls this first: a batch without a
+        context is its own.
+        """
+        if self.takes_context is None:
+            return query
+        rows = support if self.takes_context == "support" else query
+        return replace(query, context=(rows.x, rows.weight))
+
+    def _with_context(self, batch: Batch) -> Batch:
+        if self.takes_context is None or batch.context is not None:
+            return batch
+        return replace(batch, context=(batch.x, batch.weight))
+
     def one_row(self) -> Batch:
         """A batch of one task with the one row that is kept of the data."""
         x, y = self._row
@@ -148,6 +170,7 @@ class Problem:
         self, theta: Mapping[str, Tensor], phi: Mapping[str, Tensor], batch: Batch, *, with_y: bool
     ) -> Evaluation:
         """One run of the program; see `hbmeta.program.evaluate`."""
+        batch = self._with_context(batch)
         return evaluate(
             self.program, theta, phi, batch, response=self.sites.response, with_y=with_y
         )
@@ -203,16 +226,18 @@ class Problem:
         return self._global(self.run(theta, {}, batch, with_y=False))
 
     def log_predictive(
-        self, theta: Mapping[str, Tensor], phi: Tensor, support: Batch, query: Batch
+        self, theta: Mapping[str, Tensor], phi: Tensor | Phi, support: Batch, query: Batch
     ) -> Tensor:
         """(tasks,) log p(y_Q | x_Q, S, φ, θ).
 
-        S enters only where points depend on each other given φ: log p(S ∪ Q | φ) − log p(S | φ).
-        Where a program observes more than y at a point, p(y | the rest, φ) by enumeration of y.
+        S enters where points depend on each other given φ, log p(S ∪ Q | φ) − log p(S | φ), and by
+        its x as the context of a program that asks for one. Where a program observes more than y
+        at a point, p(y | the rest, φ) by enumeration of y.
         """
         if self.layout == "joint":
             both = self.log_likelihood(theta, phi, support.beside(query))
             return both - self.log_likelihood(theta, phi, support)
+        query = self.given(query, support)
         if self.classes is None:
             return self.log_likelihood(theta, phi, query)
         cells = self._class_log_prob(theta, phi, query)

@@ -7,6 +7,10 @@ A program is any callable that Pyro can run, in one of three layouts (docs/desig
     joint    model(x, y=None, *, mask=None)      plate `task` (-1) alone: the points of a task
                                                  depend on each other given φ (a Gaussian process)
 
+A nested program may ask for the rows of the support by the keyword `context`, (x, weight) of shape
+(tasks, rows, features) and (tasks, rows): p(y | x, φ, θ) of a point may then depend on the x of the
+support S, as batch statistics do. Where the support itself is predicted, it is its own context.
+
 One handler runs the program with θ and φ given in unconstrained space and collects
 log p(y | φ, θ), log p(φ | θ) and log p(θ), the last two with the Jacobian of the transform.
 """
@@ -15,8 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyro
@@ -27,16 +31,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from hbmeta.batches import Batch, Context, Layout, Program
 from hbmeta.errors import ProgramError
 from hbmeta.locations import location
 from hbmeta.sites import Phi, Theta
-from hbmeta.tasks import Tasks
-
-Program = Callable[..., Any]
-Layout = Literal["nested", "flat", "joint"]
 
 __all__ = [
     "Batch",
+    "Context",
     "Evaluation",
     "Functional",
     "Layout",
@@ -47,106 +49,8 @@ __all__ = [
     "isolated",
     "layouts",
     "program_name",
+    "takes_context",
 ]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The data of a batch of tasks as a program sees them; a tree of tensors.
-
-    Attributes:
-        x: (tasks, points, features) nested and joint, (rows, features) flat.
-        y: (tasks, points, ...) or (rows, ...); None where only inputs are known.
-        weight: 1 where a cell counts and 0 where it does not (padding, rows of the query); (tasks,
-            points) or (rows,), in the dtype of x: a compiled graph reads it twice as fast as a
-            bool.
-        task: (rows,) the group index of the flat layout, None in the others.
-        n_tasks: number of tasks, those without rows counted.
-        joint: whether the program takes the points of a task as one observation.
-    """
-
-    x: Tensor
-    y: Tensor | None
-    weight: Tensor
-    task: Tensor | None
-    n_tasks: int
-    joint: bool = False
-
-    @staticmethod
-    def of(tasks: Tasks, layout: Layout) -> Batch:
-        """The batch of all rows of `tasks` in the given layout."""
-        if layout != "flat":
-            x, weight = _by_column(tasks.x), tasks.mask.to(tasks.dtype)
-            return Batch(x, tasks.y, weight, None, tasks.n_tasks, layout == "joint")
-        weight = torch.ones(tasks.n_points, dtype=tasks.dtype, device=tasks.device)
-        return Batch(_by_column(tasks.flat_x), tasks.flat_y, weight, tasks.task, tasks.n_tasks)
-
-    @property
-    def layout(self) -> Layout:
-        """Which of the three layouts this is."""
-        if self.task is not None:
-            return "flat"
-        return "joint" if self.joint else "nested"
-
-    @property
-    def counts(self) -> Tensor:
-        """(tasks,) number of real rows per task, in the dtype of x."""
-        return self.per_task(self.weight)
-
-    @property
-    def mask(self) -> Tensor:
-        """True where a cell counts."""
-        return self.weight > 0
-
-    def per_task(self, rows: Tensor) -> Tensor:
-        """Sums (tasks, points) or (rows,) values over the rows of each task, whatever the mask."""
-        if self.task is None:
-            return rows.sum(-1)
-        return rows.new_zeros(self.n_tasks).index_add(0, self.task, rows)
-
-    def where(self, mask: Tensor) -> Batch:
-        """The same cells with another mask: how a support or a query is cut from a task."""
-        return replace(self, weight=mask.to(self.x.dtype))
-
-    def beside(self, other: Batch) -> Batch:
-        """The cells of both, those of each task side by side; not for the flat layout."""
-        x, weight = torch.cat([self.x, other.x], 1), torch.cat([self.weight, other.weight], 1)
-        known = self.y is not None and other.y is not None
-        y = torch.cat([self.y, other.y], 1) if known else None  # type: ignore[list-item]
-        return replace(self, x=x, y=y, weight=weight)
-
-    def run(self, program: Program, *, with_y: bool) -> None:
-        """Calls the program on this batch, in its own layout."""
-        y = self.y if with_y else None
-        if self.joint:
-            program(self.x, y, mask=self.mask)
-        elif self.task is None:
-            program(self.x, y)
-        else:
-            program(self.x, y, task=self.task, n_tasks=self.n_tasks)
-
-
-def _by_column(x: Tensor) -> Tensor:
-    """The same values with each column contiguous in memory.
-
-    A program reads x column by column; with rows in memory a compiled graph gathers with a stride
-    (radon, nested: 50 against 32 microseconds for a gradient). Wide x is for matrix products.
-    """
-    if not 2 <= x.shape[-1] <= 16:
-        return x
-    return x.movedim(-1, 0).contiguous().movedim(0, -1)
-
-
-def _flatten(batch: Batch) -> tuple[list[Any], tuple[int, bool]]:
-    return [batch.x, batch.y, batch.weight, batch.task], (batch.n_tasks, batch.joint)
-
-
-def _unflatten(leaves: Iterable[Any], known: tuple[int, bool]) -> Batch:
-    x, y, weight, task = leaves
-    return Batch(x, y, weight, task, *known)
-
-
-torch.utils._pytree.register_pytree_node(Batch, _flatten, _unflatten)
 
 
 @dataclass
@@ -355,13 +259,54 @@ class Functional:
         return torch.func.functional_call(self.module, dict(self.parameters), args, kwargs)
 
 
-def layouts(program: Program) -> tuple[Layout, ...]:
-    """The layouts that the program's signature offers."""
+def _keywords(program: Program) -> Mapping[str, inspect.Parameter]:
     target = program.forward if isinstance(program, nn.Module) else program
     try:
-        parameters = inspect.signature(target).parameters
+        return inspect.signature(target).parameters
     except (TypeError, ValueError):
-        return ("nested",)
+        return {}
+
+
+def takes_context(program: Program) -> Literal["support", "rows"] | None:
+    """Whose rows the program is to be given as `context`, if it asks for any.
+
+    "support": those of the support that a batch is predicted from, the batch's own where there is
+    none. "rows": always those of the batch itself, a query too (transductive). An attribute
+    `takes_context` of the program decides; without one the keyword `context` means "support".
+
+    Raises:
+        ProgramError: the attribute has another value.
+    """
+    asks = "support" if "context" in _keywords(program) else None
+    found: Any = getattr(program, "takes_context", asks)
+    if found not in ("support", "rows", None):
+        raise ProgramError(
+            program_name(program),
+            needed="takes_context as 'support', 'rows' or None",
+            found=repr(found),
+            do="Correct the attribute.",
+        )
+    whose: Literal["support", "rows"] | None = found
+    return whose
+
+
+def layouts(program: Program) -> tuple[Layout, ...]:
+    """The layouts that the program's signature offers."""
+    offered = _offered(program)
+    if takes_context(program) is None:
+        return offered
+    if "nested" not in offered:
+        raise ProgramError(
+            program_name(program),
+            needed="the nested layout in a program with the keyword `context`",
+            found=f"the {offered[0]} layout",
+            do="Write def model(x, y=None, *, context=None), with plates `task` and `point`.",
+        )
+    return ("nested",)
+
+
+def _offered(program: Program) -> tuple[Layout, ...]:
+    parameters = _keywords(program)
     if "task" not in parameters:
         return ("joint",) if "mask" in parameters else ("nested",)
     if "n_tasks" not in parameters:

@@ -29,7 +29,8 @@ from hbmeta.models.networks import (
     describe,
     perceptron,
 )
-from hbmeta.models.neural import positive
+from hbmeta.models.neural_model import positive
+from hbmeta.program import Context
 from hbmeta.tasks import Tasks
 from hbmeta.tasks.checks import check_seed
 
@@ -138,12 +139,13 @@ class ClassConditional(HierarchicalModel):
         *,
         task: Tensor | None = None,
         n_tasks: int | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """Run the generative program; see `HierarchicalModel.forward`. Labels in any dtype."""
         if self.dimension is None or self.inputs != x.shape[-1]:
             # Outside of a fit: the dimensions are those of this x.
             self._dimensions(x)
-        return super().forward(x, y, task=task, n_tasks=n_tasks)
+        return super().forward(x, y, task=task, n_tasks=n_tasks, context=context)
 
     def _draw(
         self,
@@ -151,8 +153,9 @@ class ClassConditional(HierarchicalModel):
         phi: Mapping[str, Tensor],
         x: Tensor,
         observed: Tensor | None,
+        **given: Any,
     ) -> Tensor:
-        label: Tensor = super()._draw(theta, phi, x, observed)
+        label: Tensor = super()._draw(theta, phi, x, observed, **given)
         classes = torch.arange(self.ways, device=x.device)
         chosen = (label.unsqueeze(-1) == classes).to(x.dtype)
         mean = (chosen.unsqueeze(-2) @ phi["means"].to(x.dtype)).squeeze(-2)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pyro
+import torch
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from hbmeta.errors import ProgramError
 from hbmeta.files import JSON
+from hbmeta.program import Context
 from hbmeta.tasks import Tasks
 
 __all__ = ["HierarchicalModel"]
@@ -31,6 +33,12 @@ class HierarchicalModel(PyroModule):
     in both. θ has no task dimension. Numbers that a subclass needs are plain floats or buffers,
     so that they follow the dtype and the device of the model.
 
+    A likelihood that depends on the x of the support too (batch statistics do) sets `takes_context`
+    to "support" and takes it by a further keyword, `likelihood(theta, phi, x, *, context)`: x
+    (tasks, rows, features) and weight (tasks, rows), 0 for rows that do not count. With "rows" the
+    context of every batch is the batch itself, also where it is a query. Such a model has the
+    nested layout alone.
+
     Example:
         >>> import torch
         >>> import pyro.distributions as dist
@@ -46,6 +54,9 @@ class HierarchicalModel(PyroModule):
         >>> Means()(torch.zeros(3, 5, 1)).shape
         torch.Size([3, 5])
     """
+
+    takes_context: Literal["support", "rows"] | None = None
+    """Whose rows the likelihood is given as `context`; see `hbmeta.program.takes_context`."""
 
     @abstractmethod
     def level_one(self) -> dict[str, Tensor]:
@@ -92,6 +103,7 @@ class HierarchicalModel(PyroModule):
         *,
         task: Tensor | None = None,
         n_tasks: int | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """Run the generative program; site "y" is observed where y is given.
 
@@ -100,6 +112,8 @@ class HierarchicalModel(PyroModule):
             y: (tasks, points, ...) nested, (rows, ...) flat, in any dtype; None draws it.
             task: (rows,) group index of the flat layout.
             n_tasks: number of tasks of the flat layout.
+            context: x and weight of the rows that y is conditioned on, where `takes_context` asks
+                for them; x itself by default.
         Returns:
             y as given or drawn.
         Raises:
@@ -114,17 +128,20 @@ class HierarchicalModel(PyroModule):
             )
         # A whole-number y (labels, counts) as numbers: Bernoulli's density takes no integers.
         observed = None if y is None else y.to(x.dtype)
+        given: dict[str, Any] = {}
+        if self.takes_context is not None:
+            given["context"] = (x, torch.ones_like(x[..., 0])) if context is None else context
         theta = self.level_one()
         if task is None:
             with pyro.plate("task", x.shape[0], dim=-2):
                 phi = self.task_prior(theta)
                 with pyro.plate("point", x.shape[1], dim=-1):
-                    return self._draw(theta, phi, x, observed)
+                    return self._draw(theta, phi, x, observed, **given)
         with pyro.plate("task", n_tasks, dim=-1):
             phi = self.task_prior(theta)
         rows = {name: value.index_select(0, task) for name, value in phi.items()}
         with pyro.plate("point", x.shape[0], dim=-1):
-            return self._draw(theta, rows, x, observed)
+            return self._draw(theta, rows, x, observed, **given)
 
     def _draw(
         self,
@@ -132,8 +149,9 @@ class HierarchicalModel(PyroModule):
         phi: Mapping[str, Tensor],
         x: Tensor,
         observed: Tensor | None,
+        **given: Any,
     ) -> Tensor:
-        y: Tensor = pyro.sample("y", self.likelihood(theta, phi, x), obs=observed)
+        y: Tensor = pyro.sample("y", self.likelihood(theta, phi, x, **given), obs=observed)
         return y
 
     def bind(self, tasks: Tasks) -> Self:

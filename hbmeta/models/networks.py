@@ -17,6 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from hbmeta.errors import DataError, ProgramError
+from hbmeta.models.batch_norm import (
+    TaskBatchNorm,
+    has_batch_norm,
+    is_batch_norm,
+    row_weights,
+    stored_digest,
+)
+from hbmeta.program import Context
 
 Activation = Literal["relu", "tanh"]
 
@@ -132,7 +140,7 @@ def check_network(network: Any, where: str) -> nn.Module:
             found=f"{(frozen or odd)[0]!r}, frozen or of another kind" if parameters else "none",
             do="Leave requires_grad on; a part that is not to adapt belongs into x.",
         )
-    check_layers(network, f"{where}, network")
+    check_layers(network, f"{where}, network", batch_norm=True)
     clash = [name for name in parameters if name in _TAKEN]
     if clash:
         raise ProgramError(
@@ -144,14 +152,18 @@ def check_network(network: Any, where: str) -> nn.Module:
     return network
 
 
-def check_layers(network: nn.Module, where: str) -> None:
+def check_layers(network: nn.Module, where: str, *, batch_norm: bool = False) -> None:
     """Raises where a layer is no fixed function of its weights and of each row.
 
+    Args:
+        network: the network.
+        where: the caller, for the message.
+        batch_norm: whether the caller has a policy for the statistics of nn.BatchNorm layers.
     Raises:
         ProgramError: a layer draws random numbers or changes while it runs.
     """
     for name, module in network.named_modules():
-        why = _refused(module)
+        why = "" if batch_norm and is_batch_norm(module) else _refused(module)
         if why:
             raise ProgramError(
                 where,
@@ -175,7 +187,13 @@ def _refused(module: nn.Module) -> str:
 
 
 def check_on_rows(
-    network: nn.Module, x: Tensor, outputs: int, where: str, part: str = "network"
+    network: nn.Module,
+    x: Tensor,
+    outputs: int,
+    where: str,
+    part: str = "network",
+    *,
+    statistics: bool = False,
 ) -> None:
     """Runs a template on a few rows and raises where it is no function of one row of x.
 
@@ -185,6 +203,8 @@ def check_on_rows(
         outputs: columns that it must return.
         where: the caller, for the message.
         part: what the network is to the caller, for the message.
+        statistics: whether its `TaskBatchNorm` layers take their statistics from rows. They are
+            those of the same rows of x in every run, so that a row is still a function of itself.
     Raises:
         ProgramError: it fails on x, returns another shape, mixes rows, changes its buffers or draws
             random numbers.
@@ -195,12 +215,30 @@ def check_on_rows(
     weights = {name: value.detach().to(x) for name, value in network.named_parameters()}
     buffers = {name: value.clone() for name, value in _buffers(network, x).items()}
     before = {name: value.clone() for name, value in buffers.items()}
+    given = dict.fromkeys(row_weights(network) if statistics else (), x.new_ones(len(x)))
+    lengths: list[bool] = []
+
+    def run(rows: Tensor) -> Any:
+        together = torch.cat([x, rows]) if given else rows
+
+        def note(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            lengths.append(len(inputs[0]) == len(together))
+
+        normed = (m for m in network.modules() if given and isinstance(m, TaskBatchNorm))
+        hooks = [module.register_forward_pre_hook(note) for module in normed]
+        try:
+            every = {**weights, **buffers, **given}
+            found = torch.func.functional_call(network, every, (together,))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[len(x) :] if given and isinstance(found, Tensor) else found
+
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         state = torch.get_rng_state()
         try:
-            whole = torch.func.functional_call(network, {**weights, **buffers}, (x,))
-            first = torch.func.functional_call(network, {**weights, **buffers}, (x[:1],))
+            whole, first = run(x), run(x[:1])
         except Exception as error:
             said = next(iter(str(error).splitlines()), "")
             raise ProgramError(
@@ -218,6 +256,8 @@ def check_on_rows(
         found = "a module that draws random numbers"
     elif any(not torch.equal(before[name], value) for name, value in buffers.items()):
         found = "a module that changes its buffers"
+    elif not all(lengths):
+        found = "a batch norm whose input has not the rows of x as its first dimension"
     elif not torch.allclose(whole[:1], first, rtol=1e-3, atol=1e-5):
         found = "another value for a row alone than for the row among others"
     if found:
@@ -230,23 +270,32 @@ def check_on_rows(
         )
 
 
-def apply_network(network: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def apply_network(
+    network: nn.Module, weights: Mapping[str, Tensor], x: Tensor, context: Context | None = None
+) -> Tensor:
     """(tasks, points, outputs) of all tasks, each with its own weights.
 
     Args:
         network: the template.
         weights: (tasks, *shape) by name of the parameter.
         x: (tasks, points, features).
+        context: x and weight of the rows that `TaskBatchNorm` layers take their statistics from;
+            without it they use the stored ones.
     """
     if type(network) is Perceptron:
         return network.batched(weights, x)
     buffers = _buffers(network, x)
+    names = row_weights(network)
 
-    def one(own: dict[str, Tensor], rows: Tensor) -> Any:
-        return torch.func.functional_call(network, {**own, **buffers}, (rows,))
+    def one(own: dict[str, Tensor], rows: Tensor, weight: Tensor) -> Any:
+        given = {**own, **buffers, **dict.fromkeys(names, weight)}
+        return torch.func.functional_call(network, given, (rows,))
 
-    found: Tensor = torch.vmap(one)(dict(weights), x)
-    return found
+    seen, weight = (x, x.new_zeros(len(x), 0)) if context is None else context
+    # A support is its own context, and need not pass twice.
+    rows = x if seen is x else torch.cat([seen, x], 1)
+    found: Tensor = torch.vmap(one)(dict(weights), rows, weight)
+    return found if seen is x else found[:, seen.shape[1] :]
 
 
 def _buffers(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -286,6 +335,11 @@ def entry(root: nn.Module, name: str) -> Tensor:
 
 
 def describe(network: nn.Module) -> str:
-    """Class and shapes of the parameters of a module of a person's own."""
-    shapes = ", ".join(f"{n} {tuple(v.shape)}" for n, v in network.named_parameters())
-    return f"{type(network).__name__}({shapes})"
+    """Class and shapes of the parameters of a module of a person's own.
+
+    With batch norm also a checksum of its stored statistics, which are no parameters of a fit.
+    """
+    parts = [f"{n} {tuple(v.shape)}" for n, v in network.named_parameters()]
+    if has_batch_norm(network):
+        parts.append(f"stored statistics {stored_digest(network)}")
+    return f"{type(network).__name__}({', '.join(parts)})"

@@ -411,7 +411,6 @@ def frozen():
         ({"network": nn.ReLU()}, ["none"]),
         ({"network": frozen()}, ["'0.weight'", "frozen"]),
         ({"network": nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1))}, ["Dropout", "random"]),
-        ({"network": nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))}, ["BatchNorm1d", "'1'"]),
         ({"network": nn.RNN(1, 1, 2, dropout=0.5)}, ["RNN", "random"]),
         ({"network": Named()}, ["'noise'"]),
     ],
