@@ -2,7 +2,12 @@
 
 Of plain tasks every step takes all of them, or `tasks_per_step` at random, and cuts each task anew:
 with a rate p_i ~ U(0, 1) per task every row goes to the support with probability p_i, so the size
-of the support is uniform on 0..n_i. An episode keeps its own cut; a source draws new tasks.
+of the support is uniform on 0..n_i. An episode keeps its own cut.
+
+A source draws new tasks at every step. Its tasks are independent of each other, so those of many
+steps are drawn and laid out at once and then cut step by step: one call of `sample` costs about as
+much as one compiled step of a small model. Which tasks a step sees is a function of the seed and
+the number of the step, wherever training starts.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -19,6 +25,12 @@ from hbmeta.program import Batch, Layout
 from hbmeta.tasks import Episode, Tasks, TaskSet
 
 Needs = Literal["split", "subset"]
+
+# Steps whose tasks a source draws at once, fewer where these would take more than so many bytes.
+_STEPS_PER_DRAW = 32
+_BYTES_PER_DRAW = 16_000_000
+_TASKS_OF_A_SOURCE = 25
+_FIRST_SAMPLE = 64
 
 __all__ = ["Feed", "Needs", "training_tasks"]
 
@@ -34,19 +46,27 @@ def training_tasks(data: Any, seed: int) -> Tasks:
         return data.all
     if isinstance(data, Tasks):
         return data
-    found = type(data).__name__
     if hasattr(data, "sample") and not isinstance(data, pd.DataFrame):
-        first = data.sample(64, seed=seed)
-        if isinstance(first, Episode):
-            return first.all
-        found += f", whose sample returns {type(first).__name__}"
-    raise DataError(
+        return _sampled(data, _FIRST_SAMPLE, seed).all
+    raise _no_tasks(type(data).__name__)
+
+
+def _no_tasks(found: str) -> DataError:
+    return DataError(
         "fit",
         needed="Tasks, an Episode, a TaskSet (tasks.from_frame) or a source of episodes with "
         "sample(n_tasks, seed=)",
         found=found,
         do="Wrap a data frame in tasks.from_frame, arrays in Tasks(x, y).",
     )
+
+
+def _sampled(source: Any, n_tasks: int, seed: int) -> Episode:
+    episode = source.sample(n_tasks, seed=seed)
+    if not isinstance(episode, Episode):
+        found = f"{type(source).__name__}, whose sample returns {type(episode).__name__}"
+        raise _no_tasks(found)
+    return episode
 
 
 class Feed:
@@ -59,6 +79,7 @@ class Feed:
             on all rows of a task, with a support inside them.
         tasks_per_step: tasks in a step; None for all, and 25 for a source.
         seed: of all draws.
+        device, dtype: where the steps are, and of what precision.
     """
 
     def __init__(
@@ -74,11 +95,11 @@ class Feed:
         self.data, self.layout, self.needs = data, layout, needs
         self.tasks_per_step, self.seed = tasks_per_step, seed
         self.device, self.dtype = device, dtype
-        self._widths: dict[str, set[int]] = {}
         self.is_source = not isinstance(data, (TaskSet, Episode, Tasks))
         if self.is_source:
             self.n_tasks: int | None = None
             self.n_contributing: int | None = None
+            self._prepare_source()
             return
         tasks = training_tasks(data, seed).to(device=device, dtype=dtype)
         self.n_tasks = tasks.n_tasks
@@ -113,14 +134,17 @@ class Feed:
 
     def step(self, number: int) -> tuple[Batch, Batch]:
         """Support and query of step `number`; the same for the same seed and number."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % (2**63))
         if self.is_source:
-            return self._from_source(number, generator)
+            return self._from_source(number)
         batch, given = self.all, self.given
+        generator = self._generator(number)
         if self.tasks_per_step is not None and self.tasks_per_step < batch.n_tasks:
             chosen = torch.randperm(batch.n_tasks, generator=generator)[: self.tasks_per_step]
             batch, given = _take(batch, given, chosen.to(batch.x.device))
         return self._cut(batch, given, generator)
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + number) % (2**63))
 
     def _cut(
         self, batch: Batch, given: Tensor | None, generator: torch.Generator
@@ -135,35 +159,138 @@ class Feed:
             return batch.where(inside), batch.where(batch.mask & ~inside)
         return batch.where(inside), batch
 
-    def _from_source(self, number: int, generator: torch.Generator) -> tuple[Batch, Batch]:
-        seed = (self.seed * 1_000_003 + number) % (2**31)
-        episode = self.data.sample(self.tasks_per_step or 25, seed=seed)
-        episode = Episode(
-            episode.support.to(device=self.device, dtype=self.dtype),
-            episode.query.to(device=self.device, dtype=self.dtype),
-        )
-        if self.needs == "split":
-            return self._shaped(episode.support, "support"), self._shaped(episode.query, "query")
-        batch = self._shaped(episode.all, "all")
-        return self._cut(batch, None, generator)
+    # -- sources --------------------------------------------------------------------------------
 
-    def _shaped(self, tasks: Tasks, role: str) -> Batch:
-        """Nested batches, padded to a multiple of 8 where sizes differ, so that few are traced."""
-        batch = Batch.of(tasks, self.layout)
-        if batch.task is not None:
-            return batch
-        width = batch.x.shape[1]
-        widths = self._widths.setdefault(role, set())
-        widths.add(width)
-        ragged = len(widths) > 1 or int(tasks.counts.min()) != int(tasks.counts.max())
-        short = -width % 8 if ragged else 0
-        if not short:
-            return batch
-        first = torch.zeros(short, dtype=torch.int64, device=batch.x.device)
-        cells = torch.cat([torch.arange(width, device=batch.x.device), first])
-        weight = torch.cat([batch.weight, batch.weight.new_zeros(batch.n_tasks, short)], 1)
-        y = None if batch.y is None else batch.y[:, cells]
-        return replace(batch, x=batch.x[:, cells], y=y, weight=weight)
+    def _prepare_source(self) -> None:
+        """How many steps to draw at once, from a first sample."""
+        n_tasks = _TASKS_OF_A_SOURCE if self.tasks_per_step is None else self.tasks_per_step
+        if not isinstance(n_tasks, int) or n_tasks < 1:
+            raise DataError(
+                "fit",
+                needed="tasks_per_step of at least 1",
+                found=f"tasks_per_step={n_tasks}",
+                do=f"Leave it out to draw {_TASKS_OF_A_SOURCE} tasks at every step.",
+            )
+        self.tasks_per_step = n_tasks
+        first = _sampled(self.data, _FIRST_SAMPLE, self.seed)
+        first = first.to(device=self.device, dtype=self.dtype)
+        whole = first.all
+        self._sizes = {
+            role: part.counts
+            for role, part in (("support", first.support), ("query", first.query), ("all", whole))
+        }
+        self._row = whole.flat_x[:1], None if whole.flat_y is None else whole.flat_y[:1]
+        numbers = whole.max_points * (whole.flat_x.shape[1] + 2)
+        bytes_per_step = n_tasks * numbers * whole.flat_x.element_size()
+        self._steps_per_draw = 1
+        # A source that gives another number than was asked for does so at every step.
+        countable = first.n_tasks == _FIRST_SAMPLE
+        if countable and getattr(self.data, "independent_tasks", True):
+            fitting = _BYTES_PER_DRAW // max(bytes_per_step, 1)
+            self._steps_per_draw = min(max(fitting, 1), _STEPS_PER_DRAW)
+        self._draw: tuple[int, list[tuple[Batch, ...]]] = (-1, [])
+
+    def _from_source(self, number: int) -> tuple[Batch, Batch]:
+        draw, position = divmod(number, self._steps_per_draw)
+        if self._draw[0] != draw:
+            self._draw = (draw, self._drawn(draw))
+        batches = self._draw[1][position]
+        if self.needs == "split":
+            return batches[0], batches[1]
+        return self._cut(batches[0], None, self._generator(number))
+
+    def _drawn(self, draw: int) -> list[tuple[Batch, ...]]:
+        """The batches of all steps of a draw: support and query, or all rows."""
+        assert self.tasks_per_step is not None
+        # Hashed, so that no draw is the sample that a person judges the fit on, seed=1 or so.
+        state = np.random.SeedSequence([self.seed, draw]).generate_state(1, np.uint32)
+        n_tasks = self.tasks_per_step * self._steps_per_draw
+        episode = _sampled(self.data, n_tasks, int(state[0] >> 1))
+        if self._steps_per_draw == 1:
+            n_tasks = episode.n_tasks
+        if episode.n_tasks != n_tasks:
+            raise DataError(
+                f"{type(self.data).__name__}.sample",
+                needed=f"as many tasks as are asked for, {n_tasks}",
+                found=f"{episode.n_tasks} tasks",
+                do="Draw n_tasks tasks, or set independent_tasks = False on the source.",
+            )
+        each = n_tasks // self._steps_per_draw
+        episode = episode.to(device=self.device, dtype=self.dtype)
+        parts = {"support": episode.support, "query": episode.query}
+        if self.needs != "split":
+            parts = {"all": episode.all}
+        batches = [
+            _steps_of(tasks, each, self.layout, self._sizes[role], self._row)
+            for role, tasks in parts.items()
+        ]
+        return list(zip(*batches, strict=True))
+
+
+def _steps_of(
+    tasks: Tasks, each: int, layout: Layout, sizes: Tensor, row: tuple[Tensor, Tensor | None]
+) -> list[Batch]:
+    """Tasks cut into batches of `each` tasks, all of one shape.
+
+    Where sizes differ, shapes are rounded up, so that few are traced: to the longest task (nested,
+    joint) or the step with the most rows (flat), and then by an eighth at most.
+
+    Args:
+        tasks: those of all steps, one step after the other.
+        each: tasks in a step.
+        layout: of the batches.
+        sizes: rows per task of a first sample, which tell sizes that are always the same from
+            those that differ from draw to draw.
+        row: x and y of a row to pad flat batches with, masked.
+    """
+    differ = len(torch.cat([tasks.counts, sizes]).unique()) > 1
+    whole = Batch.of(tasks, layout)
+    n_steps = tasks.n_tasks // each
+    if layout != "flat":
+        width = whole.x.shape[1]
+        short = _rounded(width) - width if differ else 0
+        if short:
+            # Each task's own first row, masked.
+            x = torch.cat([whole.x, whole.x[:, :1].expand(-1, short, -1)], 1)
+            weight = torch.nn.functional.pad(whole.weight, (0, short))
+            y = None
+            if whole.y is not None:
+                y = torch.cat([whole.y, whole.y[:, :1].expand(-1, short, *whole.y.shape[2:])], 1)
+            whole = replace(whole, x=_in_order_of(whole.x, x), y=y, weight=weight)
+        ys = [None] * n_steps if whole.y is None else whole.y.split(each)
+        return [
+            Batch(_in_order_of(whole.x, x), y, weight, None, each, whole.joint)
+            for x, y, weight in zip(whole.x.split(each), ys, whole.weight.split(each), strict=True)
+        ]
+    counts = tasks.counts.reshape(n_steps, each).sum(1)
+    longest = max(int(counts.max()), 1)
+    length = _rounded(longest) if differ else longest
+    found = []
+    for k, (count, end) in enumerate(zip(counts.tolist(), counts.cumsum(0).tolist(), strict=True)):
+        cut, extra = slice(end - count, end), length - count
+        y = None
+        if whole.y is not None and row[1] is not None:
+            y = torch.cat([whole.y[cut], row[1].expand(extra, *row[1].shape[1:])])
+        x = torch.cat([whole.x[cut], row[0].expand(extra, -1)])
+        task = torch.nn.functional.pad(tasks.task[cut] - k * each, (0, extra))
+        weight = torch.nn.functional.pad(whole.weight[cut], (0, extra))
+        found.append(Batch(_in_order_of(whole.x, x), y, weight, task, each))
+    return found
+
+
+def _rounded(size: int) -> int:
+    """The size rounded up to one of few: to a multiple of 8, or by an eighth at most."""
+    step = max(8, 1 << max(size.bit_length() - 4, 0))
+    return max(-(-size // step), 1) * step
+
+
+def _in_order_of(x: Tensor, values: Tensor) -> Tensor:
+    """The values without gaps in memory, their dimensions in the order of those of x."""
+    if values.is_contiguous() and x.is_contiguous():
+        return values
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    back = [order.index(d) for d in range(x.ndim)]
+    return values.permute(order).contiguous().permute(back)
 
 
 def _take(batch: Batch, given: Tensor | None, chosen: Tensor) -> tuple[Batch, Tensor | None]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hbmeta import feeding
 from hbmeta.errors import DataError
 from hbmeta.feeding import Feed, training_tasks
 from hbmeta.tasks import Episode, LinearTasks, Tasks, TaskSet
@@ -198,6 +199,134 @@ def test_a_source_has_few_shapes_in_the_nested_layout():
     assert all(bool((batch.counts <= 5).all()) for step in steps for batch in step)
 
 
+class Recorded:
+    """A source that remembers what was asked for and what it gave."""
+
+    def __init__(self, family=FAMILY):
+        self.family, self.asked, self.given = family, [], []
+
+    def sample(self, n_tasks, *, seed):
+        self.asked.append((n_tasks, seed))
+        episode = self.family.sample(n_tasks, seed=seed)
+        self.given.append(episode)
+        return episode
+
+
+def same_tasks(batch, tasks):
+    """Whether a batch holds exactly these tasks, row for row."""
+    assert batch.n_tasks == tasks.n_tasks
+    assert torch.equal(batch.counts.long(), tasks.counts)
+    kept = batch.mask
+    index = batch.task[kept] if batch.task is not None else kept.nonzero()[:, 0]
+    assert torch.equal(index, tasks.task)
+    assert torch.equal(batch.x[kept], tasks.flat_x)
+    assert torch.equal(batch.y[kept], tasks.flat_y)
+    assert bool(torch.isfinite(batch.x).all())
+    return True
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "joint"])
+@pytest.mark.parametrize("needs", ["split", "subset"])
+def test_steps_are_cut_from_the_draws_of_a_source(layout, needs):
+    """The slow way: tasks k·T to (k+1)·T of one draw of 32 steps, taken from the source itself."""
+    source = Recorded()
+    fed = feed(source, layout, needs, tasks_per_step=3)
+    before = len(source.asked)
+    steps = [fed.step(number) for number in range(70)]
+    assert [n for n, _ in source.asked[before:]] == [96, 96, 96]
+    seeds = [seed for _, seed in source.asked[before:]]
+    assert len(set(seeds)) == 3
+    assert min(seeds) > 1000  # hashed, no seed that a person would write
+    for number, (support, query) in enumerate(steps):
+        first = 3 * (number % 32)
+        episode = source.given[before + number // 32][first : first + 3]
+        assert support.layout == query.layout == layout
+        if needs == "split":
+            assert same_tasks(support, episode.support)
+            assert same_tasks(query, episode.query)
+        else:
+            assert same_tasks(query, episode.all)
+            assert set(rows(support)) <= set(rows(query))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "joint"])
+def test_steps_of_a_ragged_source_have_few_shapes(layout):
+    fed = feed(FAMILY, layout, tasks_per_step=4)
+    steps = [fed.step(number) for number in range(150)]
+    for role in (0, 1):
+        shapes = {
+            (*((tuple(t.shape), t.stride()) for t in (b.x, b.y, b.weight)), b.n_tasks)
+            for b in (step[role] for step in steps)
+        }
+        assert len(shapes) <= (2 if layout == "flat" else 1)
+        # Columns of x stand together in memory, as in every other batch.
+        x = steps[0][role].x
+        assert x.movedim(-1, 0).is_contiguous()
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "joint"])
+def test_tasks_of_one_size_are_not_padded(layout):
+    source = LinearTasks([1.0], [[1.0]], noise=0.2, shots=5, queries=3)
+    support, query = feed(source, layout, tasks_per_step=2).step(40)
+    assert (int(support.mask.numel()), int(query.mask.numel())) == (10, 6)
+    assert bool(support.mask.all())
+
+
+def test_a_step_of_a_source_without_rows_has_a_masked_one():
+    source = LinearTasks([1.0], [[1.0]], noise=0.2, shots=0, queries=3)
+    for layout in LAYOUTS:
+        support, query = feed(source, layout, tasks_per_step=2).step(0)
+        assert support.counts.tolist() == [0.0, 0.0]
+        assert support.mask.numel() >= 1
+        assert query.counts.tolist() == [3.0, 3.0]
+
+
+def test_same_steps_of_a_source_in_any_order():
+    one, other = feed(FAMILY, tasks_per_step=2, seed=3), feed(FAMILY, tasks_per_step=2, seed=3)
+    forward = [one.step(number)[1].y for number in range(0, 100, 7)]
+    backward = [other.step(number)[1].y for number in reversed(range(0, 100, 7))]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward[::-1], strict=True))
+    third = feed(FAMILY, tasks_per_step=2, seed=4)
+    assert not any(
+        torch.equal(third.step(n)[1].y[0, :1], y[0, :1])
+        for n, y in zip(range(0, 100, 7), forward, strict=True)
+    )
+
+
+def test_large_tasks_are_drawn_for_fewer_steps_at_once(monkeypatch):
+    monkeypatch.setattr(feeding, "_BYTES_PER_DRAW", 5000)
+    source = Recorded(LinearTasks([1.0], [[1.0]], noise=0.2, shots=10, queries=10))
+    fed = feed(source, tasks_per_step=3)  # 3 tasks × 20 rows × 3 numbers × 8 bytes = 1,440
+    fed.step(0)
+    assert source.asked[-1][0] == 9
+    monkeypatch.setattr(feeding, "_BYTES_PER_DRAW", 1)
+    feed(source, tasks_per_step=3).step(0)
+    assert source.asked[-1][0] == 3
+
+
+def test_a_source_whose_tasks_depend_on_each_other_is_asked_at_every_step():
+    source = Recorded()
+    source.independent_tasks = False
+    fed = feed(source, tasks_per_step=3)
+    before = len(source.asked)
+    for number in range(4):
+        fed.step(number)
+    assert [n for n, _ in source.asked[before:]] == [3] * 4
+    assert len({seed for _, seed in source.asked[before:]}) == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_source_of_a_fixed_number_of_tasks_gives_them_at_every_step(layout):
+    class Fixed:
+        def sample(self, n_tasks, *, seed):
+            return FAMILY.sample(5, seed=seed)
+
+    fed = feed(Fixed(), layout, tasks_per_step=3)
+    steps = [fed.step(number) for number in range(3)]
+    assert [support.n_tasks for support, _ in steps] == [5, 5, 5]
+    assert len({float(query.y.sum()) for _, query in steps}) == 3
+
+
 def test_training_tasks_of_a_source():
     assert training_tasks(FAMILY, 5).n_tasks == 64
     assert training_tasks(FAMILY, 5).same_data(training_tasks(FAMILY, 5))
@@ -216,6 +345,21 @@ def test_one_row_per_task_cannot_be_split():
 def test_more_tasks_per_step_than_there_are(tasks_per_step):
     with pytest.raises(DataError, match="tasks_per_step between 1 and 5"):
         feed(ragged(), tasks_per_step=tasks_per_step)
+
+
+@pytest.mark.parametrize("tasks_per_step", [0, -1, 2.5])
+def test_no_tasks_per_step_of_a_source(tasks_per_step):
+    with pytest.raises(DataError, match="tasks_per_step of at least 1"):
+        feed(FAMILY, tasks_per_step=tasks_per_step)
+
+
+def test_a_source_that_gives_another_number_of_tasks():
+    class Fixed:
+        def sample(self, n_tasks, *, seed):
+            return FAMILY.sample(min(n_tasks, 64), seed=seed)
+
+    with pytest.raises(DataError, match=r"Fixed\.sample: needed as many .* 96; found 64"):
+        feed(Fixed(), tasks_per_step=3).step(0)
 
 
 def test_no_tasks_at_all():

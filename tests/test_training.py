@@ -8,11 +8,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from hbmeta import models
+import hbmeta as hb
+from hbmeta import feeding, models, training
+from hbmeta.course import Course
 from hbmeta.errors import ConvergenceError, FileError
+from hbmeta.files import read_tensors
 from hbmeta.inference import MAML, AmortizedGuide
 from hbmeta.problem import Problem
-from hbmeta.tasks import Episode, LinearTasks, Tasks
+from hbmeta.tasks import Episode, LinearTasks, Sinusoids, Tasks
 from hbmeta.training import prior_scales
 from tests import reference
 from tests.cases import case, eight_schools_centered, rows_of
@@ -226,32 +229,69 @@ def test_tasks_per_step_and_sources_train():
     assert set(fitted.theta) == {"mean", "scale", "noise"}
 
 
-def test_interrupted_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    from hbmeta import training
-
+def interrupted_and_resumed(strategy, model, data, path, monkeypatch, **settings):
+    """A fit that was stopped after 23 steps, of which 20 were saved, and continued."""
     monkeypatch.setattr(training, "_CHECKPOINT_EVERY", 10)
+    record, seen = Course.record, []
+
+    def interrupt(course, loss):
+        record(course, loss)
+        seen.append(loss)
+        if len(seen) == 23:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Course, "record", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            strategy.fit(model, data, checkpoint=path, **settings)
+    assert len(read_tensors(path)[0]["losses"]) == 20
+    return strategy.fit(model, data, checkpoint=path, **settings)
+
+
+def same_bits(one, other):
+    assert one.history == other.history
+    assert all(torch.equal(one.theta[k], other.theta[k]) for k in other.theta)
+    if other.own is not None:
+        state = other.own.state_dict()
+        assert all(torch.equal(value, state[k]) for k, value in one.own.state_dict().items())
+
+
+def test_interrupted_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     known = case("varying_intercepts")
     strategy = AmortizedGuide(hidden=8)
     whole = strategy.fit(known.program, known.tasks, steps=25, **EAGER)
     path = tmp_path / "checkpoint.safetensors"
-    real, calls = training._check, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "_check", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        strategy.fit(known.program, known.tasks, steps=25, checkpoint=path, **EAGER)
-    monkeypatch.setattr(training, "_check", real)
-    assert path.exists()
-    resumed = strategy.fit(known.program, known.tasks, steps=25, checkpoint=path, **EAGER)
-    assert resumed.history == whole.history
-    assert all(torch.equal(resumed.theta[k], whole.theta[k]) for k in whole.theta)
-    state = whole.own.state_dict()
-    assert all(torch.equal(value, state[k]) for k, value in resumed.own.state_dict().items())
+    settings = {"steps": 25, **EAGER}
+    resumed = interrupted_and_resumed(
+        strategy, known.program, known.tasks, path, monkeypatch, **settings
+    )
+    same_bits(resumed, whole)
     with pytest.raises(FileError, match="the checkpoint of this very fit"):
-        AmortizedGuide(hidden=9).fit(known.program, known.tasks, steps=25, checkpoint=path, **EAGER)
+        AmortizedGuide(hidden=9).fit(known.program, known.tasks, checkpoint=path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps_per_draw"),
+    [
+        (MAML(steps=1, step_size=0.05), 1),
+        (MAML(steps=1, step_size=0.05), 32),
+        (AmortizedGuide(hidden=4), 8),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:MAML. the loss does not depend on scale")
+def test_a_source_resumes_to_the_same_bits(strategy, steps_per_draw, tmp_path, monkeypatch):
+    """Step 20, where it goes on, lies inside of a draw of 8 or 32 steps."""
+    monkeypatch.setattr(feeding, "_STEPS_PER_DRAW", steps_per_draw)
+    source = LinearTasks([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], noise=0.3, shots=(1, 4), queries=3)
+    model = models.LinearRegression()
+    settings = {"steps": 40, "tasks_per_step": 3, **EAGER}
+    whole = strategy.fit(model, source, **settings)
+    path = tmp_path / "checkpoint.safetensors"
+    resumed = interrupted_and_resumed(strategy, model, source, path, monkeypatch, **settings)
+    same_bits(resumed, whole)
+    other = strategy.fit(model, source, **{**settings, "seed": 1})
+    assert all(not torch.equal(other.theta[k], whole.theta[k]) for k in ("mean", "noise"))
+    assert not set(other.history) & set(whole.history)
 
 
 def test_untouched_theta_is_found_without_side_effects(untouched):
@@ -260,3 +300,96 @@ def test_untouched_theta_is_found_without_side_effects(untouched):
         warnings.simplefilter("ignore")
         fitted = MAML(steps=1).fit(known.program, known.tasks, steps=3, **EAGER)
     assert fitted.info["untouched"] == ["scale"]
+
+
+# Precision
+
+
+def sines(dtype, n_tasks=40, seed=1):
+    return Sinusoids().sample(n_tasks, seed=seed).all.to(dtype=dtype)
+
+
+SMALL = models.NeuralRegression(hidden=(20, 20))
+
+
+FALLING = {"steps": 120, "learning_rate": 0.02, "seed": 0, "progress": False}
+
+
+@pytest.mark.parametrize("tier", [False, "graph"])
+def test_half_precision_learns_as_single_precision_does(tier):
+    """MAML on sines without a setting of its own; float32 is the plain reference.
+
+    No chance is involved: the seeds are fixed. In 120 steps the loss falls by 1.2 nats.
+    """
+    dtypes = (torch.float32, torch.bfloat16) if tier is False else (torch.bfloat16, torch.float16)
+    fits = [
+        MAML(steps=1, step_size=0.01).fit(SMALL, sines(dtype, 25), compile=tier, **FALLING)
+        for dtype in dtypes
+    ]
+    for dtype, fitted in zip(dtypes, fits, strict=True):
+        history = torch.tensor(fitted.history)
+        assert float(history[-20:].mean()) < float(history[:10].mean()) - 1.0
+        assert {value.dtype for value in fitted.theta.values()} == {dtype}
+    one, other = (torch.tensor(fitted.history) for fitted in fits)
+    torch.testing.assert_close(one, other, rtol=0.03, atol=0.0)
+
+
+def test_small_steps_are_not_lost_in_bfloat16():
+    """Steps of 3e-5 on weights of about 0.1, whose neighbours in bfloat16 are 5e-4 apart."""
+    settings = {"steps": 60, "learning_rate": 3e-5, "decay": False, **EAGER}
+    single, half = (
+        MAML(steps=1, step_size=0.01).fit(SMALL, sines(dtype), **settings)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    start = dict(SMALL.bind(sines(torch.float32)).named_parameters())
+    moved, wanted = (
+        torch.cat([(f.theta[k].float() - start[k].float()).detach().flatten() for k in start])
+        for f in (half, single)
+    )
+    # 60 steps of one sign are 1.8e-3; what is left of them after rounding points the same way.
+    assert float(torch.cosine_similarity(moved, wanted, 0)) > 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fits_in_half_precision_adapt_predict_compare_and_are_saved(dtype, tmp_path):
+    fitted = MAML(steps=1, step_size=0.01).fit(SMALL, sines(dtype), steps=10, **EAGER)
+    plain = MAML(steps=1, step_size=0.01).fit(SMALL, sines(torch.float32), steps=10, **EAGER)
+    new = Sinusoids().sample(6, seed=9)
+    found = fitted.adapt(new.support.to(dtype=dtype)).predict(new.query.x)
+    wanted = plain.adapt(new.support).predict(new.query.x)
+    torch.testing.assert_close(found.mean, wanted.mean, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(found.quantile(0.9), wanted.quantile(0.9), rtol=0.05, atol=0.05)
+    table = hb.compare({"half": fitted, "single": plain}, new)
+    nll = {row.name: row.scores["nll"].value for row in table.rows}
+    assert nll["half"] == pytest.approx(nll["single"], rel=0.05)
+    assert fitted.posterior.to_inference_data().posterior.sizes["task"] == 40
+    fitted.save(tmp_path / "fit")
+    again = hb.load(tmp_path / "fit")
+    assert all(torch.equal(again.theta[k], v) and v.dtype == dtype for k, v in fitted.theta.items())
+
+
+def test_half_precision_counts_many_rows():
+    """A running sum of ones in bfloat16 ends at 256: 600 rows of a flat task count as 600."""
+    task = torch.tensor([0] * 600 + [1] * 2)
+    x = torch.linspace(-1, 1, 602, dtype=torch.float64)[:, None]
+    tasks = Tasks.from_flat(x, 2 * x[:, 0], task, 2, features=["x0"]).to(dtype=torch.bfloat16)
+    problem = Problem(models.VaryingEffects(fixed=["x0"]).bind(tasks), tasks)
+    assert problem.layout == "flat"
+    assert problem.batch(tasks).counts.tolist() == [600.0, 2.0]
+    fitted = MAML(steps=2, step_size=0.05).fit(
+        models.VaryingEffects(fixed=["x0"]), tasks, steps=40, compile="graph", learning_rate=0.01
+    )
+    assert np.mean(fitted.history[-10:]) < np.mean(fitted.history[:5])
+
+
+@pytest.mark.slow
+def test_half_precision_compiled():
+    tasks = sines(torch.bfloat16, 25)
+    compiled, graph = (
+        MAML(steps=1, step_size=0.01).fit(SMALL, tasks, compile=tier, **FALLING)
+        for tier in (True, "graph")
+    )
+    assert compiled.info["tier"] == "compiled"
+    torch.testing.assert_close(
+        torch.tensor(compiled.history), torch.tensor(graph.history), rtol=0.03, atol=0.0
+    )

@@ -7,6 +7,10 @@ A strategy's author writes as little as the method has of its own:
     loss         what training minimises; by default −log p(Q | φ, S) per query point
     noise        the random numbers that the loss takes as inputs
 
+and, where one graph of `loss` would be too large or an inner solver runs until it has converged,
+
+    meta_gradient   the gradient of the mean loss, computed in pieces
+
 A method that is no gradient descent on a loss overrides `learn` instead (a sampler, a closed form).
 """
 
@@ -34,7 +38,7 @@ from hbmeta.program import Batch, Program, Theta
 from hbmeta.staging import tier_of
 from hbmeta.tasks import Tasks, TaskSet
 from hbmeta.tasks.checks import check_seed
-from hbmeta.training import Learned, Options, train
+from hbmeta.training import Learned, MetaGradient, Options, train
 
 _CELLS_FOR_THREADS = 50_000
 
@@ -113,6 +117,12 @@ class Strategy(abc.ABC):
         """Shapes of the standard normal draws that `loss` takes; none by default."""
         return {}
 
+    def meta_gradient(
+        self, problem: Problem, own: nn.Module | None, options: Options
+    ) -> MetaGradient | None:
+        """How to compute the gradient of the mean loss in pieces; None for one graph of `loss`."""
+        return None
+
     def check(self, problem: Problem) -> None:
         """Raises UnsupportedModelError where the strategy makes no sense for the program."""
         return  # every program is welcome, unless a strategy says otherwise
@@ -125,7 +135,8 @@ class Strategy(abc.ABC):
         """q(φ | S) of new tasks at the fitted θ."""
         problem = fitted.problem
         batch = problem.batch(support)
-        density = self.posterior(problem, fitted.theta, fitted.own, batch)
+        with torch.no_grad():
+            density = self.posterior(problem, fitted.theta, fitted.own, batch)
         density = _detached(density)
         self._check_finite(density, support)
         return TaskPosterior(problem, fitted.theta, density, support, units=fitted.units)
