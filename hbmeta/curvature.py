@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hbmeta.derivatives import jacobian_of, task_gradient
 from hbmeta.errors import CurvatureError
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
@@ -70,20 +71,8 @@ def gradient_and_hessian(
     """
     if not phi.requires_grad:
         phi = phi.detach().requires_grad_()
-    with torch.enable_grad():
-        value = function(phi)
-        (gradient,) = torch.autograd.grad(value.sum(), phi, create_graph=True)
-        rows = []
-        for j in range(phi.shape[-1]):
-            column = gradient[..., j].sum()
-            if column.requires_grad:
-                (row,) = torch.autograd.grad(
-                    column, phi, create_graph=create_graph, retain_graph=True, allow_unused=True
-                )
-            else:
-                row = None
-            rows.append(torch.zeros_like(phi) if row is None else row)
-    hessian = torch.stack(rows, -2)
+    value, gradient = task_gradient(function, phi, create_graph=True)
+    hessian = jacobian_of(gradient, phi, create_graph=create_graph)
     if not create_graph:
         value, gradient = value.detach(), gradient.detach()
     return value, gradient, 0.5 * (hessian + hessian.mT)

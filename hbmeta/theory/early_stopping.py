@@ -1,6 +1,6 @@
-"""What approximations imply: the prior behind early stopping; Type-II maximum likelihood.
+"""The prior behind early stopping.
 
-Pure functions in float64. φ is a task's parameter, φ̂ its maximum likelihood estimate, φ₀ the start,
+φ is a task's parameter, φ̂ its maximum likelihood estimate, φ₀ the start,
 λ the curvature of the SUM of the task's negative log-likelihoods, α the step size and N the number
 of steps. On a quadratic loss N steps of gradient descent give φ_N = φ̂ + q (φ₀ − φ̂) with
 q = (1 − αλ)^N, and the maximum a posteriori estimate under φ ~ N(φ₀, τ²) gives the same with
@@ -19,16 +19,21 @@ is no single hierarchical prior unless αNλ → 0, and it does not maximise the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from hbmeta.errors import DataError
+from hbmeta.theory.checks import (
+    require_count,
+    require_curvature,
+    require_positive,
+    require_steps,
+    symmetric,
+)
 
 Reduction = Literal["sum", "mean", "mean-squared-error"]
 
@@ -38,12 +43,10 @@ _TINY = 1e-200
 __all__ = [
     "Reduction",
     "SignedPrecision",
-    "TypeTwoEstimate",
     "implied_prior_precision",
     "implied_prior_variance",
     "matching_step_size",
     "scaled_step_size",
-    "type_two_maximum_likelihood",
 ]
 
 
@@ -101,9 +104,9 @@ def implied_prior_variance(
         1.0258789062
     """
     where = "implied_prior_variance"
-    _require_positive(step_size, "step_size", where)
-    _require_steps(steps, where)
-    _require_curvature(curvature, where)
+    require_positive(step_size, "step_size", where)
+    require_steps(steps, where)
+    require_curvature(curvature, where)
     product = step_size * curvature
     if allow_oscillating:
         return SignedPrecision(_signed_precision(curvature, product, step_size, steps), product > 1)
@@ -163,13 +166,13 @@ def implied_prior_precision(
         DataError: H or P is not as needed, or the largest eigenvalue of K is 1 or more.
     """
     where = "implied_prior_precision"
-    _require_positive(step_size, "step_size", where)
-    _require_steps(steps, where)
-    h = _symmetric(hessian, "hessian", where)
+    require_positive(step_size, "step_size", where)
+    require_steps(steps, where)
+    h = symmetric(hessian, "hessian", where)
     size = h.shape[0]
     p = torch.eye(size, dtype=torch.float64) if preconditioner is None else preconditioner
     p = torch.as_tensor(p, dtype=torch.float64)
-    p = _symmetric(torch.diag(p) if p.ndim == 1 else p, "preconditioner", where)
+    p = symmetric(torch.diag(p) if p.ndim == 1 else p, "preconditioner", where)
     root, failed = torch.linalg.cholesky_ex(p)
     if p.shape != h.shape or int(failed):
         raise DataError(
@@ -220,8 +223,8 @@ def scaled_step_size(step_size: float, n: int, noise: float | None, reduction: R
         DataError: an argument outside its domain.
     """
     where = "scaled_step_size"
-    _require_positive(step_size, "step_size", where)
-    _require_count(n, "n", "Pass the number of support points.", where)
+    require_positive(step_size, "step_size", where)
+    require_count(n, "n", "Pass the number of support points.", where)
     if reduction == "sum":
         return step_size
     if reduction == "mean":
@@ -234,7 +237,7 @@ def scaled_step_size(step_size: float, n: int, noise: float | None, reduction: R
                 found="None",
                 do="A squared error is a likelihood only with a noise; 0.5 ** 0.5 gives s = 1/n.",
             )
-        _require_positive(noise, "noise", where)
+        require_positive(noise, "noise", where)
         return 2.0 * noise**2 * step_size / n
     raise DataError(
         where,
@@ -257,144 +260,9 @@ def matching_step_size(curvature: float, prior_variance: float, steps: int) -> f
         DataError: an argument outside its domain.
     """
     where = "matching_step_size"
-    _require_positive(prior_variance, "prior_variance", where)
-    _require_steps(steps, where)
-    _require_curvature(curvature, where)
+    require_positive(prior_variance, "prior_variance", where)
+    require_steps(steps, where)
+    require_curvature(curvature, where)
     if curvature * prior_variance < _TINY:
         return prior_variance / steps
     return -math.expm1(-math.log1p(curvature * prior_variance) / steps) / curvature
-
-
-@dataclass(frozen=True)
-class TypeTwoEstimate:
-    """Maximum of Σ_i log N(ȳ_i; μ, τ² + σ²/n_i).
-
-    Attributes:
-        mean: μ̂.
-        variance: τ̂², 0 where the means vary no more than their noise explains.
-        at_zero: whether τ̂² is the boundary 0; its usual standard error does not hold there.
-        log_likelihood: the maximum, in nats; the spread of y inside the tasks is not in it.
-    """
-
-    mean: float
-    variance: float
-    at_zero: bool
-    log_likelihood: float
-
-
-def type_two_maximum_likelihood(
-    means: Sequence[float] | Any, counts: int | Sequence[int] | Any, noise_variance: float
-) -> TypeTwoEstimate:
-    """μ̂ and τ̂² of φ_i ~ N(μ, τ²), y_ij ~ N(φ_i, σ²) with σ² known, φ_i integrated out.
-
-    With v_i = τ² + σ²/n_i the maximum has μ̂ = Σ ȳ_i/v_i / Σ 1/v_i and solves
-    Σ [(ȳ_i − μ̂)²/v_i² − 1/v_i] = 0, or is at τ² = 0. For equal n that is
-    τ̂² = max(0, mean (ȳ_i − μ̂)² − σ²/n). Where the equation has several solutions (it can for
-    unequal n) the most likely one is returned.
-
-    Args:
-        means: (tasks,) ȳ_i, two or more.
-        counts: n_i ≥ 1, one number for all or (tasks,).
-        noise_variance: σ² > 0.
-    Raises:
-        DataError: fewer than two tasks (τ² is then not identified), or values outside the domain.
-    References:
-        Gelman et al. (2013), Bayesian Data Analysis, 3rd ed., section 5.4.
-    """
-    where = "type_two_maximum_likelihood"
-    _require_positive(noise_variance, "noise_variance", where)
-    y = np.asarray(means, dtype=np.float64)
-    n = np.asarray(counts, dtype=np.float64)
-    if y.ndim != 1 or len(y) < 2 or not np.isfinite(y).all():
-        raise DataError(
-            where,
-            needed="finite means of two tasks or more, to estimate how much tasks vary",
-            found=f"{means!r}",
-            do="With a single task, give the variance between tasks a prior.",
-        )
-    if n.shape not in ((), y.shape) or not (n >= 1).all() or not (n == np.round(n)).all():
-        raise DataError(
-            where,
-            needed=f"whole counts of at least 1, one or {len(y)}",
-            found=f"{counts!r}",
-            do="Leave tasks without data out.",
-        )
-    errors = np.broadcast_to(noise_variance / n, y.shape)
-    if bool((errors == errors[0]).all()):
-        variance = max(0.0, float(np.square(y - y.mean()).mean() - errors[0]))
-    else:
-        variance = _largest_likelihood(y, errors)
-    mean, log_likelihood = _profile(y, errors, variance)
-    return TypeTwoEstimate(mean, variance, variance == 0.0, log_likelihood)
-
-
-def _profile(y: Any, errors: Any, variance: float) -> tuple[float, float]:
-    """μ̂(τ²), and the log-likelihood there."""
-    v = variance + errors
-    mean = float((y / v).sum() / (1.0 / v).sum())
-    return mean, float(-0.5 * (np.log(2 * np.pi * v) + np.square(y - mean) / v).sum())
-
-
-def _largest_likelihood(y: Any, errors: Any) -> float:
-    """τ̂² for unequal n: the best of 0 and the zeros of the score."""
-
-    def score(variance: float) -> float:
-        v = variance + errors
-        mean = (y / v).sum() / (1.0 / v).sum()
-        return float((np.square((y - mean) / v) - 1.0 / v).sum())
-
-    # From the squared range on, every (ȳ_i − μ̂)² is below v_i and the score is negative.
-    top = float(np.ptp(y)) ** 2
-    if top == 0.0:
-        return 0.0
-    grid = np.concatenate([[0.0], np.geomspace(1e-9 * min(top, errors.min()), top, 400)])
-    values = [score(point) for point in grid]
-    candidates = [0.0]
-    for left, right, before, after in zip(grid, grid[1:], values, values[1:], strict=False):
-        # A maximum is where the score falls through zero.
-        if before > 0.0 >= after:
-            candidates.append(float(brentq(score, left, right, xtol=1e-300, rtol=1e-15)))
-    return max(candidates, key=lambda variance: _profile(y, errors, variance)[1])
-
-
-def _symmetric(matrix: Any, name: str, where: str) -> Tensor:
-    m = torch.as_tensor(matrix, dtype=torch.float64).detach().cpu()
-    square = m.ndim == 2 and m.shape[0] == m.shape[1] and m.numel() > 0
-    finite = square and bool(torch.isfinite(m).all())
-    if not finite or not torch.allclose(m, m.T, rtol=1e-9, atol=1e-12 * float(m.abs().max())):
-        raise DataError(
-            where,
-            needed=f"{name} as a symmetric (p, p) matrix of finite numbers",
-            found=f"shape {tuple(m.shape)}" if not square else f"{m.tolist()}",
-            do="Symmetrise it as (A + Aᵀ) / 2.",
-        )
-    return m
-
-
-def _require_positive(value: float, name: str, where: str) -> None:
-    if not 0.0 < value < math.inf:
-        raise DataError(
-            where, needed=f"a positive, finite {name}", found=f"{value!r}", do="Correct it."
-        )
-
-
-def _require_curvature(curvature: float, where: str) -> None:
-    if not 0.0 <= curvature < math.inf:
-        raise DataError(
-            where,
-            needed="a finite curvature of at least 0",
-            found=f"{curvature!r}",
-            do="Pass the second derivative of the summed negative log-likelihood at its minimum.",
-        )
-
-
-def _require_steps(steps: int, where: str) -> None:
-    do = "Without a step the start is returned, which is a prior of variance 0."
-    _require_count(steps, "steps", do, where)
-
-
-def _require_count(value: int, name: str, do: str, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise DataError(
-            where, needed=f"{name} as a whole number of at least 1", found=f"{value!r}", do=do
-        )
