@@ -37,6 +37,14 @@ def interleaved(
     work: Mapping[str, Callable[[], object]], *, rounds: int = 15, seconds: float = 0.15
 ) -> dict[str, float]:
     """Median seconds per call of each, measured in turn: a drifting machine hits all alike."""
+    found = rounds_of(work, rounds=rounds, seconds=seconds)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def rounds_of(
+    work: Mapping[str, Callable[[], object]], *, rounds: int = 15, seconds: float = 0.15
+) -> dict[str, list[float]]:
+    """Seconds per call of each in every round, to compare round by round."""
     repeats = {}
     for name, call in work.items():
         call()
@@ -50,4 +58,4 @@ def interleaved(
             for _ in range(repeats[name]):
                 call()
             found[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(times) for name, times in found.items()}
+    return found
