@@ -109,11 +109,13 @@ def jacobian(
 
 def jacobian_of(outputs: Tensor, phi: Tensor, *, create_graph: bool = False) -> Tensor:
     """`jacobian` of outputs that have been computed from φ already; keeps their graph."""
-    rows = [
-        _backward([outputs[..., j].sum()], None, [phi], create_graph, retain_graph=True)[0]
-        for j in range(outputs.shape[-1])
-    ]
-    return torch.stack(rows, -2)
+    # Under `no_grad` a slice of outputs would have no history, and every row be zero.
+    with torch.enable_grad():
+        rows = [
+            _backward([outputs[..., j].sum()], None, [phi], create_graph, retain_graph=True)[0]
+            for j in range(outputs.shape[-1])
+        ]
+        return torch.stack(rows, -2)
 
 
 def _leaves(phi: Tensor | dict[str, Tensor]) -> tuple[list[Tensor], pytree.TreeSpec]:

@@ -6,7 +6,8 @@ Each task i minimises its own f_i(φ_i). With g = ∇f and H = ∇²f at φ, and
 
 by conjugate gradients from s = 0 that stop where the model's gradient r = g + Hs is small, where s
 leaves the region, or where a direction of negative curvature is met (Steihaug 1983). The step is
-taken where f falls by a share of what the model says, and Δ shrinks where the model said too much.
+taken where f falls by a share of what the model says, and Δ shrinks where the model said too much;
+a rejected step is shortened along its way first, which takes gradients alone (Nocedal & Yuan 1998).
 No matrix is formed and no history kept: memory does not grow with the number of steps.
 
 The search is three functions of tensors, so that a caller can stage each with its own gradient and
@@ -42,9 +43,11 @@ _TAKE, _SHRINK, _GROW = 1e-4, 0.25, 0.75
 _ROUNDINGS = 64
 # Curvature within this many roundings of the largest seen is none.
 _FLAT = 16
-# After this many rejections in a row, a step is 4^-6 of what the model asked for.
-_FAILURES = 10
+# A rejected step is shortened and tried again so many times, which takes no product, before the
+# model is asked for another one (Nocedal & Yuan 1998).
 _RETRIES = 2
+# Rejections in a row after which a task is given up: a step is then 2^-10 of the first, or less.
+_FAILURES = 10
 
 
 class Search(NamedTuple):
@@ -255,6 +258,7 @@ def run(
     *,
     steps: int,
     products: int,
+    share: float = 0.0,
 ) -> Minima:
     """Runs a search to its tolerance; its functions may be staged.
 
@@ -264,16 +268,21 @@ def run(
         attempt: as the function of this module, its value and gradient given.
         steps: at most so many Newton steps.
         products: at most so many products for each.
+        share: conjugate gradients end where at most this share of the tasks that began still goes
+            on. A product costs the same for all tasks as for one, and their steps so far are steps
+            that a search may take; but above 0 a task's way then depends on the others (what it
+            ends at, to its tolerance, does not).
     """
     search, inner = begun
     gradients, multiplied = 1, 0
     for _ in range(steps):
-        if not bool(inner.going.any()):
+        began = float(inner.going.sum())
+        if not began:
             break
         for _ in range(products):
             inner = advance(search, inner)
             multiplied += 1
-            if not bool(inner.going.any()):
+            if float(inner.going.sum()) <= share * began:
                 break
         search, inner = attempt(search, inner)
         gradients += 1
@@ -305,8 +314,8 @@ def minimise_tasks(
         steps: at most so many Newton steps.
         products: at most so many products for each.
     References:
-        Steihaug (1983), SIAM J. Numer. Anal. 20. Nocedal, Wright (2006), Numerical Optimization,
-        algorithms 4.1 and 7.2.
+        Steihaug (1983), SIAM J. Numer. Anal. 20. Nocedal, Yuan (1998), Advances in Nonlinear
+        Programming. Nocedal, Wright (2006), Numerical Optimization, algorithms 4.1 and 7.2.
     """
     return run(
         begin(value_and_gradient, start.detach(), tolerance),

@@ -14,6 +14,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
 STRATEGIES = (
     *("NUTS", "ExactLinear", "AmortizedGuide", "MAML", "NoPooling", "CompletePooling"),
     *("ExactGP", "Quadrature", "ProtoNet", "LatentNP"),
+    *("FOMAML", "Reptile", "MetaSGD", "ANIL", "ImplicitMAML"),
 )
 
 
@@ -53,6 +54,8 @@ NO_EMBEDDING = Refuses(
 NO_MAXIMUM = Works("NoPooling: the likelihood has no maximum")
 # ExactGP, Quadrature, ProtoNet and LatentNP on a regression with up to three parameters per task.
 PLAIN = (POINTS_APART, WORKS, NO_EMBEDDING, WORKS)
+# The other members of the gradient lens, where nothing stands in their way.
+LENS = (WORKS,) * 5
 
 
 def _not_quadratic(families: str) -> Refuses:
@@ -89,29 +92,46 @@ def _grid_at_zero(site: str) -> tuple[Works | Refuses, ...]:
     return (POINTS_APART, _at_zero("Quadrature", site), NO_EMBEDDING, WORKS)
 
 
-def _stays(site: str) -> Works:
-    return Works(f"MAML: the loss does not depend on {site}")
+def _stays(site: str, strategy: str = "MAML") -> Works:
+    return Works(f"{strategy}: the loss does not depend on {site}")
+
+
+def _lens_stays(site: str) -> tuple[Works | Refuses, ...]:
+    return tuple(_stays(site, strategy) for strategy in STRATEGIES[-5:])
 
 
 # Strategies in the order of STRATEGIES.
 MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
-    "linear_given_theta": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
-    "linear_own_nested": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
-    "linear_own_flat": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
-    "varying_intercepts": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
-    "ragged_one_row": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
-    "two_coefficients": (WORKS, WORKS, WORKS, _stays("scale"), WORKS, WORKS, *PLAIN),
+    "linear_given_theta": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN, *LENS),
+    "linear_own_nested": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN, *LENS),
+    "linear_own_flat": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN, *LENS),
+    "varying_intercepts": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN, *LENS),
+    "ragged_one_row": (WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN, *LENS),
+    "two_coefficients": (
+        WORKS,
+        WORKS,
+        WORKS,
+        _stays("scale"),
+        WORKS,
+        WORKS,
+        *PLAIN,
+        *_lens_stays("scale"),
+    ),
     "eight_schools": (
         *(WORKS, _at_zero("ExactLinear", "tau"), WORKS, ONE_ROW, WORKS, WORKS),
         *(*_grid_at_zero("tau")[:3], ONE_ROW),
+        # Reptile takes all points of a task, and needs no split.
+        *(ONE_ROW, WORKS, ONE_ROW, ONE_ROW, ONE_ROW),
     ),
     "eight_schools_centered": (
         *(WORKS, _at_zero("ExactLinear", "tau"), WORKS, ONE_ROW, WORKS, WORKS),
         *(*_grid_at_zero("tau")[:3], ONE_ROW),
+        *(ONE_ROW, _stays("tau", "Reptile"), ONE_ROW, ONE_ROW, ONE_ROW),
     ),
     "bernoulli": (
         *(WORKS, _not_quadratic("Bernoulli, Normal"), WORKS, WORKS, WORKS, WORKS),
         *_grid_at_zero("scale"),
+        *LENS,
     ),
     "poisson_offset": (
         WORKS,
@@ -121,9 +141,28 @@ MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
         WORKS,
         WORKS,
         *PLAIN,
+        *LENS,
     ),
-    "student_t": (WORKS, _not_quadratic("Normal, StudentT"), WORKS, WORKS, WORKS, WORKS, *PLAIN),
-    "gamma_poisson": (WORKS, _not_quadratic("Gamma, Poisson"), WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "student_t": (
+        WORKS,
+        _not_quadratic("Normal, StudentT"),
+        WORKS,
+        WORKS,
+        WORKS,
+        WORKS,
+        *PLAIN,
+        *LENS,
+    ),
+    "gamma_poisson": (
+        WORKS,
+        _not_quadratic("Gamma, Poisson"),
+        WORKS,
+        WORKS,
+        WORKS,
+        WORKS,
+        *PLAIN,
+        *LENS,
+    ),
     "lognormal_poisson": (
         WORKS,
         _not_quadratic("LogNormal, Poisson"),
@@ -132,36 +171,44 @@ MATRIX: dict[str, tuple[Works | Refuses, ...]] = {
         WORKS,
         WORKS,
         *PLAIN,
+        *_lens_stays("spread"),
     ),
-    "module_parameters": (_no_prior("weight"), WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN),
+    "module_parameters": (_no_prior("weight"), WORKS, WORKS, WORKS, WORKS, WORKS, *PLAIN, *LENS),
     "gaussian_process": (
         *(WORKS, _not_quadratic("MultivariateNormal, Uniform"), WORKS, WORKS, WORKS, WORKS),
         *(WORKS, WORKS, NO_EMBEDDING, WORKS),
+        *LENS,
     ),
     "gaussian_process_learned": (
         *(WORKS, _not_quadratic("LogNormal, MultivariateNormal"), WORKS),
         *(_stays("lengthscale_spread"), WORKS, WORKS, _at_zero("ExactGP", "lengthscale_spread")),
         *(_at_zero("Quadrature", "lengthscale_spread"), NO_EMBEDDING, WORKS),
+        *_lens_stays("lengthscale_spread"),
     ),
     "class_conditional": (
         *(WORKS, WORKS, WORKS, WORKS, WORKS, WORKS, POINTS_APART, _many_for_a_grid(6), WORKS),
         WORKS,
+        *LENS,
     ),
     "neural_regression": (
         *(_no_prior("mean.layer1.weight"), _not_quadratic("Normal"), WORKS, WORKS),
         *(_many_alone(97), WORKS, POINTS_APART, _many_for_a_grid(97), NO_EMBEDDING, WORKS),
+        *LENS,
     ),
     "neural_zero": (
         *(WORKS, _not_quadratic("Normal"), WORKS, WORKS, NO_MAXIMUM, WORKS),
         *(POINTS_APART, _many_for_a_grid(7), NO_EMBEDDING, WORKS),
+        *LENS,
     ),
     "neural_classifier": (
         *(_no_prior("mean.layer1.weight"), _not_quadratic("Categorical, Normal"), WORKS, WORKS),
         *(_many_alone(75), WORKS, POINTS_APART, _many_for_a_grid(75), NO_EMBEDDING, WORKS),
+        *LENS,
     ),
     "latent_process": (
         *(_no_prior("of_x.weight"), _not_quadratic("Normal"), WORKS, WORKS, WORKS, WORKS),
         *(POINTS_APART, WORKS, NO_EMBEDDING, WORKS),
+        *LENS,
     ),
 }
 

@@ -26,11 +26,24 @@ MEASURED = ("linear_own_nested", "linear_own_flat", "eight_schools", "gamma_pois
 # Strategies that do not train by steps.
 CLOSED = ("ExactLinear", "NoPooling", "CompletePooling", "ExactGP", "Quadrature")
 
+# One point of φ per task.
+POINTS = ("MAML", "FOMAML", "Reptile", "MetaSGD", "ANIL", "ImplicitMAML", "NoPooling")
+
 # Cases on which L-BFGS takes thousands of evaluations: traced ones are cheaper.
 NETWORKS = ("neural_regression", "neural_zero", "neural_classifier", "latent_process")
 
 # Rounding decides to which of many equal modes or ridges a saddle at φ = 0 is left.
 MANY_MODES = [("NUTS", "neural_zero"), ("NoPooling", "neural_zero")]
+
+# The rest of the gradient lens: among them momentum, learned step sizes and recomputed steps. The
+# inner problem of a ReLU network has kinks, which damping makes harmless.
+LENS = {
+    "FOMAML": lambda name: inference.FOMAML(steps=2, step_size=0.05, optimizer="momentum"),
+    "Reptile": lambda name: inference.Reptile(steps=2, step_size=0.05),
+    "MetaSGD": lambda name: inference.MetaSGD(step_size=0.05),
+    "ANIL": lambda name: inference.ANIL(steps=2, step_size=0.05, recompute=True),
+    "ImplicitMAML": lambda name: inference.ImplicitMAML(damping=100.0 if name in NETWORKS else 3.0),
+}
 
 each_working_pair = pytest.mark.parametrize(("strategy", "name"), WORKING)
 
@@ -45,6 +58,8 @@ def strategy_of(strategy, name, *, small):
         return chosen, {"compile": False if small else "graph"}
     if strategy == "MAML":
         return inference.MAML(steps=3, step_size=0.05), {"steps": 2 if small else 20}
+    if strategy in LENS:
+        return LENS[strategy](name), {"steps": 2 if small else 5}
     if strategy == "AmortizedGuide":
         return inference.AmortizedGuide(hidden=16), {"steps": 2 if small else 20}
     if strategy == "LatentNP":
@@ -270,7 +285,7 @@ def _check_prior(strategy, name, fitted, posterior):
         return
     location = problem.location(fitted.theta, batch).detach()[0]
     torch.testing.assert_close(density.loc[0], location, rtol=1e-12, atol=1e-12)
-    assert isinstance(density, Delta if strategy in ("MAML", "NoPooling") else Gaussian)
+    assert isinstance(density, Delta if strategy in POINTS else Gaussian)
     if isinstance(density, Gaussian) and case(name).gaussian_prior:
         # Two Gaussians are the same where their densities agree at several points.
         generator = torch.Generator().manual_seed(1)
@@ -438,15 +453,56 @@ def test_complete_pooling_is_maximum_likelihood_of_all_rows():
     np.testing.assert_allclose(rate, float(known.tasks.flat_y.mean()), rtol=1e-5)
 
 
+def _curvatures(known, reduction):
+    """Per task: the curvature of the loss of the mean or the sum, and its minimum."""
+    for i in range(known.tasks.n_tasks):
+        X, y = rows_of(known.tasks, i)
+        points = len(y) if reduction == "mean" else 1
+        yield X.T @ X / 0.4**2 / points, reference.least_squares(X, y)
+
+
+@pytest.mark.parametrize("strategy", ["MAML", "FOMAML", "Reptile", "ANIL"])
 @pytest.mark.parametrize("name", ["linear_given_theta", "linear_own_flat"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_maml_is_the_closed_form_of_its_iterate(name, reduction):
+def test_descent_is_the_closed_form_of_its_iterate(strategy, name, reduction):
     """Claimed to rounding: φ_N = φ̂ + (I − αH)^N (φ₀ − φ̂), with H of the mean or of the sum."""
     known = case(name)
-    posterior = fit_once("MAML", name)[0].adapt(known.tasks, reduction=reduction, step_size=0.02)
-    for i, found in enumerate(posterior.density.loc):
-        X, y = rows_of(known.tasks, i)
-        hessian = X.T @ X / 0.4**2 / (len(y) if reduction == "mean" else 1)
-        start = np.array([0.5, -1.0])
-        end = reference.descended(hessian, reference.least_squares(X, y), start, 0.02, 3)
+    posterior = fit_once(strategy, name)[0].adapt(
+        known.tasks, reduction=reduction, step_size=0.02, steps=3, optimizer="descent"
+    )
+    start = np.array([0.5, -1.0])
+    curvatures = _curvatures(known, reduction)
+    for found, (hessian, optimum) in zip(posterior.density.loc, curvatures, strict=True):
+        end = reference.descended(hessian, optimum, start, 0.02, 3)
         np.testing.assert_allclose(found, end, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear_given_theta", "linear_own_flat"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_one_learned_step_is_scaled_per_parameter(name, reduction):
+    """Claimed to rounding: φ_1 = φ₀ − a ∘ H (φ₀ − φ̂), with a as learned."""
+    known = case(name)
+    fitted, _ = fit_once("MetaSGD", name)
+    (sizes,) = fitted.strategy.step_sizes(fitted).values()
+    assert not torch.allclose(sizes[0], sizes[1], rtol=1e-3, atol=0.0)
+    posterior = fitted.adapt(known.tasks, reduction=reduction)
+    start = np.array([0.5, -1.0])
+    curvatures = _curvatures(known, reduction)
+    for found, (hessian, optimum) in zip(posterior.density.loc, curvatures, strict=True):
+        end = start - sizes.numpy() * (hessian @ (start - optimum))
+        np.testing.assert_allclose(found, end, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear_given_theta", "linear_own_flat"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_implicit_maml_is_the_closed_form_of_its_minimum(name, reduction):
+    """φ* = (H + λI)⁻¹ (H φ̂ + λ φ₀), to the tolerance over λ."""
+    known = case(name)
+    posterior = fit_once("ImplicitMAML", name)[0].adapt(
+        known.tasks, reduction=reduction, damping=2.0, tolerance=1e-11
+    )
+    start = np.array([0.5, -1.0])
+    curvatures = _curvatures(known, reduction)
+    for found, (hessian, optimum) in zip(posterior.density.loc, curvatures, strict=True):
+        end = np.linalg.solve(hessian + 2.0 * np.eye(2), hessian @ optimum + 2.0 * start)
+        np.testing.assert_allclose(found, end, rtol=1e-8, atol=1e-9)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hbmeta.curvature import gradient_and_hessian
 from hbmeta.derivatives import hessian_vector, jacobian, jacobian_of, task_gradient
 
 
@@ -183,3 +184,15 @@ def test_all_of_it_traces():
     graph = make_fx(everything)(phi, vector)
     other = point(seed=9), point(seed=7)
     torch.testing.assert_close(graph(*other), everything(*other))
+
+
+def test_results_are_the_same_where_gradients_are_off():
+    def f(phi):
+        return phi[:, 0] ** 2 * phi[:, 1] + phi[:, 1] ** 3
+
+    at, vector = normal(TASKS, 2, seed=1), normal(TASKS, 2, seed=2)
+    expected = task_gradient(f, at)[1], hessian_vector(f, at, vector), gradient_and_hessian(f, at)
+    with torch.no_grad():
+        found = task_gradient(f, at)[1], hessian_vector(f, at, vector), gradient_and_hessian(f, at)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+    assert float(found[2][2].abs().min()) > 0.0

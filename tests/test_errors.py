@@ -11,10 +11,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 
 import hbmeta as hb
-from hbmeta import cli, errors, models, panels, tasks
+from hbmeta import cli, errors, models, panels, tasks, theory
 from hbmeta.classification import brier
+from hbmeta.costs import ledger
 from hbmeta.errors import (
     ConvergenceError,
     CurvatureError,
@@ -27,15 +29,20 @@ from hbmeta.errors import (
 )
 from hbmeta.files import read_tensors, write_tensors
 from hbmeta.inference import (
+    ANIL,
+    FOMAML,
     MAML,
     NUTS,
     AmortizedGuide,
     ExactGP,
     ExactLinear,
+    ImplicitMAML,
     LatentNP,
+    MetaSGD,
     NoPooling,
     ProtoNet,
     Quadrature,
+    Reptile,
 )
 from hbmeta.loading import strategy_from_settings
 from hbmeta.oracles import bayes_sinusoid, known_kernel
@@ -149,6 +156,21 @@ def with_an_improper_prior(x, y=None):
         pyro.factor("bonus", 10.0 * phi**2)
         with point(x):
             pyro.sample("y", dist.Normal(phi, 1.0), obs=y)
+
+
+def with_a_hill(x, y=None):
+    """The loss falls as −9.5 φ² on both sides of the start."""
+    start = pyro.sample("start", dist.Normal(0.0, 1.0))
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(start, 1.0))
+        with point(x):
+            pyro.factor("bonus", 10.0 * phi**2 + 0.0 * x[..., 0])
+            pyro.sample("y", dist.Normal(phi, 1.0), obs=y)
+
+
+def normed() -> nn.Module:
+    """A network whose batch norm keeps no running statistics."""
+    return nn.Sequential(nn.BatchNorm1d(1, track_running_stats=False))
 
 
 def fit(program=None, data=None, **settings):
@@ -348,6 +370,24 @@ DATA = [
         "(40, 0)",
         lambda _: models.NeuralRegression(hidden=(40, 0)),
         "hidden=(40, 40)",
+    ),
+    kind(
+        "a policy of batch norm without batch norm",
+        "no network",
+        lambda _: models.NeuralRegression(batch_norm="query"),
+        "nn.BatchNorm layer",
+    ),
+    kind(
+        "an unknown policy of batch norm",
+        "'batch'",
+        lambda _: models.NeuralRegression(network=normed(), batch_norm="batch"),
+        "'support' is inductive",
+    ),
+    kind(
+        "stored statistics that a batch norm does not store",
+        "BatchNorm1d '0' with track_running_stats=False",
+        lambda _: models.NeuralRegression(network=normed(), batch_norm="stored"),
+        "batch_norm='support'",
     ),
     kind(
         "labels beyond the classes",
@@ -583,6 +623,21 @@ STRATEGIES = [
         lambda _: fit(data=mock.Mock(sample=lambda n_tasks, *, seed: 3)),
     ),
     kind(
+        "a source of fewer tasks than asked for",
+        "64 tasks",
+        lambda _: MAML().fit(
+            models.NeuralRegression((4,)),
+            mock.Mock(sample=lambda n, *, seed: tasks.Sinusoids().sample(min(n, 64), seed=seed)),
+        ),
+        "Draw n_tasks",
+    ),
+    kind(
+        "no tasks in a step of a source",
+        "tasks_per_step=0",
+        lambda _: MAML().fit(models.NeuralRegression((4,)), tasks.Sinusoids(), tasks_per_step=0),
+        "25 tasks",
+    ),
+    kind(
         "yes/no answers for an exact linear strategy",
         "Bernoulli",
         lambda _: ExactLinear().fit(cases.case("bernoulli").program, cases.case("bernoulli").tasks),
@@ -650,6 +705,98 @@ STRATEGIES = [
     kind("an encoder of no width", "hidden=0", lambda _: AmortizedGuide(hidden=0)),
     kind("an objective by another name", "'elbo'", lambda _: LatentNP(objective="elbo")),
     kind("a decoder without layers", "()", lambda _: models.LatentProcess(hidden=())),
+]
+
+LENS = [
+    kind("a step size as text", "step_size='0.1'", lambda _: MAML(step_size="0.1"), "finite"),
+    kind("steps that are true", "steps=True", lambda _: FOMAML(steps=True), "whole steps"),
+    kind("a momentum of 1", "momentum=1.0", lambda _: FOMAML(momentum=1.0), "0.9"),
+    kind("no minibatch", "batches=0", lambda _: Reptile(batches=0), "whole number of batches"),
+    kind("an unknown inner optimizer", "'sgd'", lambda _: ANIL(optimizer="sgd"), "'descent'"),
+    kind("an unknown reduction", "'total'", lambda _: MAML(reduction="total"), "'sum'"),
+    kind("step sizes of an unknown kind", "'layer'", lambda _: MetaSGD(learned_step="layer")),
+    kind("step sizes per step, none learned", "learned_step=None", lambda _: MAML(per_step=True)),
+    kind(
+        "a direction of travel that learns step sizes",
+        "learned_step='site'",
+        lambda _: Reptile(learned_step="site"),
+        "MetaSGD",
+    ),
+    kind("a direction without travel", "steps=0", lambda _: Reptile(steps=0)),
+    kind("no damping", "damping=0", lambda _: ImplicitMAML(damping=0), "above 0"),
+    kind("a negative tolerance", "tolerance=-1", lambda _: ImplicitMAML(tolerance=-1)),
+    kind("no inner step", "steps=0", lambda _: ImplicitMAML(steps=0), "1 or more"),
+    kind("sites that are no names", "3", lambda _: ImplicitMAML(sites=3), "a tuple of names"),
+    kind(
+        "an unknown site that moves",
+        "'layer9'",
+        lambda _: ANIL(sites="layer9").fit(models.NeuralRegression((4,)), WAVES, steps=1),
+        "layer2.bias",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "no site that moves",
+        "sites=()",
+        lambda _: ImplicitMAML(sites=()).fit(fits.model(), fits.task_set(), steps=1),
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "other step sizes than were learned",
+        "learned_step='site'",
+        lambda _: fits.fitted("MAML").adapt(fits.new_tasks(), learned_step="site"),
+        "Fit anew",
+    ),
+    kind(
+        "a minimum where the curvature is negative",
+        "curvature",
+        lambda _: ImplicitMAML(damping=1.0).fit(with_a_hill, some(), steps=1, compile=False),
+        "damping",
+        error=CurvatureError,
+    ),
+    kind(
+        "a first-order bias without an inner loop",
+        "ExactLinear",
+        lambda _: FOMAML.bias(fits.fitted("ExactLinear"), fits.task_set().split(seed=0)),
+        "an inner loop",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a first-order bias of tasks without a query",
+        "Tasks",
+        lambda _: FOMAML.bias(fits.fitted("MAML"), fits.new_tasks()),
+        "an Episode",
+    ),
+    kind(
+        "a first-order bias of other features",
+        "['x0']",
+        lambda _: FOMAML.bias(fits.fitted("MAML"), some().split(2, seed=0)),
+        "['hours']",
+    ),
+    kind("a residual of too few steps", "[0.1]", lambda _: theory.residual(1.0, [0.1], 2), "or 2"),
+    kind(
+        "a residual with too much momentum",
+        "1.0",
+        lambda _: theory.residual(1.0, 0.1, 2, momentum=1.0),
+        "[0, 1)",
+    ),
+    kind(
+        "the prior of iterates that diverge",
+        "inf",
+        lambda _: theory.implied_precision(1.0, float("inf")),
+        "Lower the step size",
+    ),
+    kind(
+        "the prior of a flat loss",
+        "0.0",
+        lambda _: theory.implied_precision(0.0, 0.5),
+        "a positive, finite curvature",
+    ),
+    kind(
+        "an unknown baseline of a ledger",
+        "'maml2'",
+        lambda _: ledger({"maml": MAML()}, fits.model(), fits.task_set(), baseline="maml2"),
+        "The nearest name is 'maml'",
+    ),
 ]
 
 USE = [
@@ -734,6 +881,14 @@ USE = [
         "The nearest name is 'nut'",
     ),
     kind("nothing to compare", "none", lambda _: hb.compare({}, fits.task_set())),
+    kind("nothing to account for", "none", lambda _: ledger({}, fits.Heads(), fits.task_set())),
+    kind(
+        "a ledger of a strategy that is not trained",
+        "NUTS under 'nuts'",
+        lambda _: ledger({"nuts": NUTS()}, fits.Heads(), fits.task_set()),
+        "gradient steps on θ",
+        error=UnsupportedModelError,
+    ),
     kind(
         "an oracle of other tasks",
         "oracle 'truth' of 6 rows of 2 tasks",
@@ -841,7 +996,7 @@ FILES = [
     ),
 ]
 
-KINDS = [*DATA, *FRAMES, *PROGRAMS, *FUNCTIONS, *STRATEGIES, *USE, *FILES]
+KINDS = [*DATA, *FRAMES, *PROGRAMS, *FUNCTIONS, *STRATEGIES, *LENS, *USE, *FILES]
 
 
 @pytest.mark.parametrize(("error", "found", "names", "call"), KINDS)

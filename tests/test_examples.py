@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hbmeta as hb
-from examples import new_strategy, own_frame, own_program, three_lenses
+from examples import gradient_lens, new_strategy, own_frame, own_program, three_lenses
 from hbmeta import models, tasks
 from hbmeta.conditional import conditional
 from hbmeta.loading import load
@@ -78,6 +78,21 @@ def test_three_lenses(capsys):
     printed = capsys.readouterr().out
     assert [f"{lens} LENS" in printed for lens in ("GRADIENT", "BAYESIAN", "METRIC")] == [True] * 3
     assert {"waves", "exact", "latent", "bayes-optimal"} <= rows(printed)
+
+
+def test_gradient_lens(capsys):
+    source = Path(gradient_lens.__file__).read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 60
+    comparison = gradient_lens.main(steps=2)
+    printed = capsys.readouterr().out
+    assert str(comparison) in printed
+    assert {row.name for row in comparison.rows} == {*gradient_lens.STRATEGIES, "waves known"}
+    learned = re.findall(r"^  (layer[12]\.(?:weight|bias)) +(0\.\d{4})$", printed, re.M)
+    assert len(learned) == 4
+    assert len({size for _, size in learned}) > 1  # two steps of 0.01 each way
+    relative, cosine = map(float, re.findall(r" (-?\d\.\d{3})$", printed, re.M)[-2:])
+    assert relative > 0.05
+    assert -1.0 <= cosine < 1.0
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,32 @@ def test_the_bounds_on_steps_and_products_hold():
     assert (found.value < task_gradient(rosenbrock, start)[0]).all()
 
 
+def test_stragglers_may_wait_for_the_next_step():
+    """Fewer products, and the same minima to the tolerance."""
+    start = 0.5 * normal(25, 6)
+
+    def value_and_gradient(phi):
+        return task_gradient(rosenbrock, phi)
+
+    def search(share):
+        return newton.run(
+            newton.begin(value_and_gradient, start, 1e-6),
+            lambda search, inner: newton.advance(
+                lambda v: hessian_vector(rosenbrock, search.point, v), search, inner
+            ),
+            lambda search, inner: newton.attempt(value_and_gradient, search, inner),
+            steps=200,
+            products=50,
+            share=share,
+        )
+
+    alone, waiting = search(0.0), search(0.2)
+    assert alone.met.all()
+    assert waiting.met.all()
+    assert waiting.products < 0.9 * alone.products
+    torch.testing.assert_close(waiting.point, alone.point, atol=1e-3, rtol=0)
+
+
 def test_f_never_rises():
     start = 0.5 * normal(5, 6)
     values = [

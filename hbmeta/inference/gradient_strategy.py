@@ -178,7 +178,11 @@ class GradientStrategy(Strategy):
         """α of step `number`, per site that moves."""
         if own is None:
             return [self.step_size] * n_sites
-        return [self.step_size * scale for scale in own(number)]
+        scales = own(number)
+        if self.learned_step == "scalar":
+            # Also where other sites move than in training.
+            scales = scales[:1] * n_sites
+        return [self.step_size * scale for scale in scales]
 
     def step_sizes(self, fitted: Fitted) -> dict[str, Tensor]:
         """The step sizes of a fit by site that moves, after training; (steps, ...) if per step."""
