@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 TORCH := $(shell sed -n 's/^\(torch==[^[:space:]]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format bench peers clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ format: $(INSTALLED)  ## rewrite the files in the project's style
 
 bench: $(INSTALLED)  ## the benchmarks
 	$(BIN)/python -m benchmarks.run
+
+peers: $(INSTALLED)  ## the libraries that the benchmarks compare with
+	$(BIN)/python -m pip install -c constraints.txt -e ".[peers]"
 
 clean:  ## remove what the other targets made, .venv and results included
 	rm -rf .venv results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

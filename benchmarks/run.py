@@ -1,6 +1,6 @@
 """Runs the benchmarks, prints their tables and keeps them under benchmarks/results.
 
-    python -m benchmarks.run [staging] [references] [studies] [--quick]
+    python -m benchmarks.run [staging] [meta_gradient] [memory] [references] [studies] [--quick]
 
 `references` needs the stored reference posteriors ($HBMETA_DATA or ../shared/data) and says so
 where they are missing; `studies` takes a quarter of an hour. Each runs in a process of its own.
@@ -17,7 +17,8 @@ from benchmarks.programs import data_folder
 from hbmeta.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("staging", "references", "studies")
+NAMES = ("staging", "meta_gradient", "memory", "references", "studies")
+WITH_QUICK = ("staging", "meta_gradient", "memory")
 
 
 def run(name: str, extra: list[str]) -> int:
@@ -52,7 +53,7 @@ def main() -> int:
         parser.error(f"unknown benchmark {unknown[0]!r}; known are {', '.join(NAMES)}")
     status = 0
     for name in arguments.names or NAMES:
-        quick = ["--quick"] if arguments.quick and name == "staging" else []
+        quick = ["--quick"] if arguments.quick and name in WITH_QUICK else []
         status |= run(name, quick)
     return status
 

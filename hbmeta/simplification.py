@@ -10,8 +10,10 @@ pass over the graph:
 The second rounds once more, a relative 1e-16 in float64. Numbers that a program wrote
 (`Normal(0.0, 10.0)`) become literals: the compiler folds them, and its cache on disk knows the
 graph again. A bool mask that no input enters (the lower triangle of a Cholesky factor) becomes the
-positions where it is True: the compiler cannot index by a mask. Then common subexpressions are
-merged and dead code is dropped (unused priors, handlers' bookkeeping).
+positions where it is True: the compiler cannot index by a mask. What reverse mode starts from or
+multiplies by for nothing goes (ones_like(loss), x¹, x⁰, 0 + x), and with it the inner losses,
+whose values nobody reads. Then matrix products are put in order (`hbmeta.products`), common
+subexpressions are merged and dead code is dropped (unused priors, handlers' bookkeeping).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, map_arg
+
+from hbmeta.products import rearrange
 
 aten = torch.ops.aten
 
@@ -46,6 +50,8 @@ _POINTWISE = {
     aten.sub.Tensor,
 }
 
+_FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
+_NEUTRAL = {aten.add.Tensor: 0, aten.mul.Tensor: 1}
 _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 __all__ = ["simplify"]
@@ -57,6 +63,7 @@ def simplify(graph: GraphModule) -> GraphModule:
 
     graph.graph.eliminate_dead_code()
     _index_by_position(graph)
+    _drop_idle(graph)
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
             _write_literal(graph, node)
@@ -76,9 +83,57 @@ def simplify(graph: GraphModule) -> GraphModule:
             elif node.target is aten.div.Tensor and len(tensors) == 2 and _is_expand(tensors[1]):
                 _multiply_instead(graph, node)
     graph.graph.eliminate_dead_code()
+    rearrange(graph)
     graph.graph = fx_graph_cse(graph.graph)
+    # Numbers that became literals would be passed to the compiled code at every call.
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    held = [name for name, value in vars(graph).items() if isinstance(value, torch.Tensor)]
+    for name in {*held, *graph._buffers} - used:
+        delattr(graph, name)
     graph.recompile()
     return graph
+
+
+def _drop_idle(graph: GraphModule) -> None:
+    """Operations that give back their input, and fillings that only ask for its shape."""
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and "val" not in node.meta:
+            node.meta["val"] = getattr(graph, str(node.target))
+        power = node.args[1] if node.target is aten.pow.Tensor_Scalar else None
+        if node.target in _FILLED or power == 0:
+            value = _value(node)
+            options: dict[str, Argument] = {"dtype": value.dtype, "device": value.device}
+            filling = 1 if power == 0 else _FILLED[node.target]
+            with graph.graph.inserting_before(node):
+                full = graph.graph.call_function(
+                    aten.full.default, (list(value.shape), filling), options
+                )
+            full.meta = dict(node.meta)
+            node.replace_all_uses_with(full)
+        elif (same := _unchanged(node)) is not None:
+            node.replace_all_uses_with(same)
+    graph.graph.eliminate_dead_code()
+
+
+def _unchanged(node: Node) -> Node | None:
+    """The input of x¹, 1 x or x + 0, where that has the shape and the dtype of the node."""
+    same: Argument = None
+    if node.target in (aten.pow.Tensor_Scalar, aten.mul.Scalar) and node.args[1] == 1:
+        same = node.args[0]
+    elif node.target in _NEUTRAL and not node.kwargs:
+        neutral = _NEUTRAL[node.target]
+        one, other = node.args
+        same = other if _is_full(one, neutral) else one if _is_full(other, neutral) else None
+    if not isinstance(same, Node):
+        return None
+    held, wanted = _value(same), _value(node)
+    return same if held.shape == wanted.shape and held.dtype == wanted.dtype else None
+
+
+def _is_full(node: Argument, number: int) -> bool:
+    if not isinstance(node, Node) or node.target is not aten.full.default:
+        return False
+    return bool(node.args[1] == number)
 
 
 def _index_by_position(graph: GraphModule) -> None:
@@ -153,6 +208,13 @@ def _value(node: Node) -> torch.Tensor:
     return cast(torch.Tensor, node.meta.get("val", node.meta.get("tensor_meta")))
 
 
+def _meta(result: torch.Tensor, expanded: Node) -> dict[str, torch.Tensor]:
+    """What is known of a node that is computed before its input is expanded."""
+    before = expanded.args[0]
+    assert isinstance(before, Node)
+    return {"val": torch.empty(tuple(_value(before).shape), dtype=result.dtype, device="meta")}
+
+
 def _move_behind(graph: GraphModule, node: Node) -> None:
     expanded = node.args[0]
     assert isinstance(expanded, Node)
@@ -161,6 +223,7 @@ def _move_behind(graph: GraphModule, node: Node) -> None:
         inner = graph.graph.call_function(
             node.target, (expanded.args[0], *node.args[1:]), node.kwargs
         )
+        inner.meta = _meta(_value(node), expanded)
         outer = graph.graph.call_function(aten.expand.default, (inner, *expanded.args[1:]))
     outer.meta = dict(node.meta)
     node.replace_all_uses_with(outer)
@@ -174,6 +237,7 @@ def _multiply_instead(graph: GraphModule, node: Node) -> None:
         return
     with graph.graph.inserting_before(node):
         inverse = graph.graph.call_function(aten.reciprocal.default, (expanded.args[0],))
+        inverse.meta = _meta(_value(expanded), expanded)
         outer = graph.graph.call_function(aten.expand.default, (inverse, *expanded.args[1:]))
         outer.meta = dict(expanded.meta)
         product = graph.graph.call_function(aten.mul.Tensor, (numerator, outer))

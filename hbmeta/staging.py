@@ -15,11 +15,10 @@ function itself.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from hbmeta.compilation import HALVES, compile_graph, default_dtype_of
 from hbmeta.errors import DataError, HbmetaError, StagingError
 from hbmeta.simplification import simplify
 
@@ -45,9 +45,6 @@ _ROUNDINGS = 64
 # the two were up to 240 roundings of bfloat16 apart, those of graph and program 4.)
 _ROUNDINGS_OF_HALVES = 8
 _RTOL_OF_HALVES = 32
-_HALVES = (torch.bfloat16, torch.float16)
-# Below this many elements a second thread costs more than it brings.
-_ELEMENTS_FOR_THREADS = 100_000
 
 __all__ = ["TIERS", "Staged", "Tier", "compiler_available", "tier_of"]
 
@@ -120,8 +117,8 @@ class Staged:
         self.check_every, self.rtol = check_every, rtol
         self.calls = 0
         self.seconds_staging = 0.0
-        self._eager_seconds = 0.0
         self._plans: dict[Any, _Plan] = {}
+        self._latest: tuple[Any, _Plan, bool] | None = None
 
     @property
     def tier(self) -> Tier:
@@ -131,11 +128,7 @@ class Staged:
 
     def __call__(self, *args: Any) -> Any:
         """The function's result, by the highest tier that pays."""
-        leaves, structure = pytree.tree_flatten(args)
-        key = (structure, tuple(_leaf_key(leaf) for leaf in leaves))
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = _Plan()
+        plan, leaves, tensors = self._find(args)
         self._climb(plan, args, leaves)
         self.calls += 1
         if plan.run is None:
@@ -144,7 +137,7 @@ class Staged:
             plan.eager_calls += 1
             plan.eager_seconds += time.perf_counter() - start
             return result
-        flat = plan.run(*_tensors(leaves))
+        flat = plan.run(*tensors)
         result = pytree.tree_unflatten(flat, plan.structure)
         if self.check_every and self.calls % self.check_every == 0:
             self._check(args, flat, plan)
@@ -152,9 +145,7 @@ class Staged:
 
     def prepare(self, *args: Any) -> None:
         """Stages for inputs like these, without counting a call."""
-        leaves, structure = pytree.tree_flatten(args)
-        key = (structure, tuple(_leaf_key(leaf) for leaf in leaves))
-        plan = self._plans.setdefault(key, _Plan())
+        plan, leaves, _ = self._find(args)
         self._climb(plan, args, leaves)
 
     def flat(self, *args: Any) -> Callable[..., Any]:
@@ -163,14 +154,26 @@ class Staged:
         For inner loops in other languages (a sampler): no tree and no key at each call.
         """
         leaves, structure = pytree.tree_flatten(args)
-        key = (structure, tuple(_leaf_key(leaf) for leaf in leaves))
         self.prepare(*args)
-        run = self._plans[key].run
+        run = self._find(args)[0].run
         if run is None:
             return lambda *tensors: pytree.tree_leaves(
                 self.function(*pytree.tree_unflatten(_filled(leaves, tensors), structure))
             )
         return run
+
+    def _find(self, args: Any) -> tuple[_Plan, list[Any], list[Tensor]]:
+        """The plan for inputs like these, their leaves, and those of them that are tensors."""
+        leaves, structure = pytree.tree_flatten(args)
+        # Most calls are like the one before: then neither a key nor a search is needed.
+        seen = (structure, [_layout(leaf) for leaf in leaves])
+        if self._latest is None or seen != self._latest[0]:
+            key = (structure, tuple(_leaf_key(leaf) for leaf in leaves))
+            gaps = any(isinstance(leaf, Tensor) and _dense(leaf) is not leaf for leaf in leaves)
+            self._latest = (seen, self._plans.setdefault(key, _Plan()), gaps)
+        _, plan, gaps = self._latest
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return plan, leaves, [_dense(tensor) for tensor in tensors] if gaps else tensors
 
     def _climb(self, plan: _Plan, args: Any, leaves: list[Any]) -> None:
         target = self._target(plan)
@@ -183,7 +186,7 @@ class Staged:
             target = self._target(plan)
         if target == "compiled" and compiler_available():
             try:
-                plan.run, plan.tier = compile_graph(plan.graph, leaves), "compiled"
+                plan.run, plan.tier = compile_graph(plan.graph, _tensors(leaves)), "compiled"
             except Exception as error:
                 # The compiler's failures are its own (it stumbles over some indexing); the graph
                 # is right, and slower.
@@ -220,7 +223,7 @@ class Staged:
 
     def _check(self, args: Any, staged: list[Any], plan: _Plan) -> None:
         inputs = _tensors(pytree.tree_leaves(args))
-        half = next((tensor.dtype for tensor in inputs if tensor.dtype in _HALVES), None)
+        half = next((tensor.dtype for tensor in inputs if tensor.dtype in HALVES), None)
         if half is not None and plan.tier == "compiled" and plan.graph is not None:
             staged = _interpret(plan.graph, inputs)(*inputs)
         results = zip(pytree.tree_leaves(self.function(*args)), staged, strict=True)
@@ -259,10 +262,17 @@ class _Plan:
         self.largest: dict[int, float] = {}
 
 
+def _layout(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.stride()
+    return type(leaf), leaf
+
+
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.device, _dense(leaf).stride())
-    return leaf
+        return _layout(_dense(leaf))
+    # A 2 and a 2.0 are equal, and give other dtypes.
+    return type(leaf), leaf
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:
@@ -321,72 +331,15 @@ def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
                 found=f"a draw inside the graph ({node.target})",
                 do="Draw the noise outside and pass it in.",
             )
-    with _default_dtype_of(tensors):
+    with default_dtype_of(tensors):
         return simplify(graph), out["structure"]
-
-
-@contextlib.contextmanager
-def _default_dtype_of(tensors: Sequence[Any]) -> Iterator[None]:
-    """The default dtype of the data, as when the program was traced.
-
-    A graph remembers `ones([2])` without a dtype, and the logarithm of whole numbers takes the
-    default one: run or compiled under another, float64 work would fall to float32.
-    """
-    before = torch.get_default_dtype()
-    floating = [t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-    try:
-        # Where data are of half precision, parameters are not, and the program runs in theirs.
-        half = next((dtype for dtype in floating if dtype in _HALVES), None)
-        torch.set_default_dtype(half or (floating[0] if floating else before))
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _interpret(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., Any]:
     """The graph without a compiler."""
 
     def run(*inputs: Tensor) -> Any:
-        with _default_dtype_of(tensors):
+        with default_dtype_of(tensors):
             return graph(*inputs)
 
     return run
-
-
-def compile_graph(graph: GraphModule, leaves: list[Any]) -> Callable[..., Any]:
-    """The graph through Inductor, without Dynamo's guards: the caller's key is the guard."""
-    import torch._inductor as inductor
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    # Inductor asks for this list, which mypy does not take a list of tensors for.
-    tensors: list[Tensor | int | torch.SymInt | None] = [
-        tensor.detach().clone() for tensor in _tensors(leaves)
-    ]
-    largest = max((_largest(node) for node in graph.graph.nodes), default=0)
-    threads = 1 if largest < _ELEMENTS_FOR_THREADS else torch.get_num_threads()
-    # Without a shape environment Inductor does not look into its cache on disk.
-    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
-    # Inductor's own use of functions that torch deprecated is nothing that a person can mend.
-    with (
-        torch.no_grad(),
-        tracing(context),
-        _default_dtype_of(tensors),
-        warnings.catch_warnings(),
-        config.patch({"cpp.threads": threads}),
-    ):
-        warnings.simplefilter("ignore", FutureWarning)
-        compiled = inductor.compile(graph, tensors)
-
-    def run(*inputs: Tensor) -> Any:
-        with torch.no_grad():
-            return compiled(*inputs)
-
-    return run
-
-
-def _largest(node: Any) -> int:
-    value = node.meta.get("val")
-    return value.numel() if isinstance(value, Tensor) else 0

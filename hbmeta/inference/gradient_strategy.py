@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hbmeta.densities import Delta
-from hbmeta.errors import DataError
+from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.inference.gradient_descent import one_step
 from hbmeta.inference.inner_optimizers import (
     InnerOptimizerName,
@@ -184,14 +184,27 @@ class GradientStrategy(Strategy):
             scales = scales[:1] * n_sites
         return [self.step_size * scale for scale in scales]
 
-    def step_sizes(self, fitted: Fitted) -> dict[str, Tensor]:
-        """The step sizes of a fit by site that moves, after training; (steps, ...) if per step."""
-        names = self.moving(fitted.problem)
+    @staticmethod
+    def step_sizes(fitted: Fitted) -> dict[str, Tensor]:
+        """The step sizes of a fit by site that moves, after training; (steps, ...) if per step.
+
+        Raises:
+            UnsupportedModelError: the fit is of another kind of strategy.
+        """
+        strategy = fitted.strategy
+        if not isinstance(strategy, GradientStrategy):
+            raise UnsupportedModelError(
+                "step_sizes",
+                needed="a fit with an inner loop of gradient steps",
+                found=strategy.name,
+                do="Pass a fit of MAML, FOMAML, Reptile, MetaSGD or ANIL.",
+            )
+        names = strategy.moving(fitted.problem)
         if fitted.own is None:
-            return {name: torch.tensor(self.step_size) for name in names}
+            return {name: torch.tensor(strategy.step_size) for name in names}
         sizes: list[Tensor] = list(fitted.own.get_submodule("sizes").parameters())
         sizes = sizes * len(names) if len(sizes) < len(names) else sizes
-        return {n: self.step_size * s.detach() for n, s in zip(names, sizes, strict=True)}
+        return {n: strategy.step_size * s.detach() for n, s in zip(names, sizes, strict=True)}
 
     # -- the loop ---------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ minimum φ̂ to φ_N = φ̂ + r_N(λ) (φ₀ − φ̂), with r_N a polynomial of
 
 The maximum a posteriori estimate under φ ~ N(φ₀, τ²) is φ̂ + (φ₀ − φ̂)/(1 + λτ²), so that the two
 agree for every start where 1/τ² = λ r_N / (1 − r_N) is positive. Momentum may carry the iterate
-past φ̂ at a curvature where plain descent would not: r_N < 0, and no prior gives that. Adam is no such
-method (its steps do not depend on the scale of the gradients): it has no r_N and implies no prior.
+past φ̂ at a curvature where plain descent would not: r_N < 0, and no prior gives that. Adam is no
+such method (its steps do not depend on the scale of the gradients): it has no r_N and implies no
+prior.
 """
 
 from __future__ import annotations
