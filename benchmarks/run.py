@@ -1,9 +1,11 @@
 """Runs the benchmarks, prints their tables and keeps them under benchmarks/results.
 
-    python -m benchmarks.run [staging] [meta_gradient] [memory] [references] [studies] [--quick]
+    python -m benchmarks.run [staging] [meta_gradient] [memory] [sinusoid] [references] [studies]
+        [--quick]
 
 `references` needs the stored reference posteriors ($HBMETA_DATA or ../shared/data) and says so
-where they are missing; `studies` takes a quarter of an hour. Each runs in a process of its own.
+where they are missing; `studies` takes a quarter of an hour and `sinusoid`
+an hour (its fits are kept in results/sinusoid). Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from benchmarks.programs import data_folder
 from hbmeta.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("staging", "meta_gradient", "memory", "references", "studies")
-WITH_QUICK = ("staging", "meta_gradient", "memory")
+NAMES = ("staging", "meta_gradient", "memory", "sinusoid", "references", "studies")
+WITH_QUICK = ("staging", "meta_gradient", "memory", "sinusoid")
 
 
 def run(name: str, extra: list[str]) -> int:

@@ -29,7 +29,7 @@ from hbmeta.derivatives import hessian_vector, task_gradient
 from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.feeding import Feed, Needs, training_tasks
 from hbmeta.inference import FOMAML, Strategy
-from hbmeta.inference.strategy import _on_device, _threads_for
+from hbmeta.inference.strategy import on_device, threads_for
 from hbmeta.inference.work import Counted, Work
 from hbmeta.memory import peak_bytes
 from hbmeta.models import HierarchicalModel
@@ -105,7 +105,7 @@ def ledger(
     rounds = check_count(rounds, "rounds", where=_WHERE)
     seed, tier = check_seed(seed, where=_WHERE), tier_of(compile)
     known = training_tasks(tasks, seed)
-    known = known if device is None else _on_device(known, device, _WHERE)
+    known = known if device is None else on_device(known, device, _WHERE)
     problem = Problem(model.bind(known) if isinstance(model, HierarchicalModel) else model, known)
     options = Options(steps=steps, tasks_per_step=tasks_per_step, seed=seed, tier=tier)
     feeds: dict[Needs, Feed] = {
@@ -114,7 +114,7 @@ def ledger(
     }
     support, query = feeds["split" if "split" in feeds else "subset"].step(0)
     rows = support if "split" in feeds else query
-    with _threads_for(known):
+    with threads_for(known):
         sides = {
             name: _Side(name, strategy, problem, known, feeds[strategy.needs], options)
             for name, strategy in strategies.items()
@@ -160,7 +160,7 @@ class _Side:
     ) -> None:
         self.name, self.strategy, self.problem = name, strategy, problem
         self.step = step = feed.step(0)
-        strategy._check_levels(problem)
+        strategy.check_levels(problem)
         strategy.check(problem)
         data = tasks.to(device=problem.device, dtype=problem.dtype)
         batch = problem.batch(data)

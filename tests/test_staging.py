@@ -152,6 +152,28 @@ def test_other_dtypes_strides_and_settings_are_traced_anew():
     assert len(staged._plans) == 6
 
 
+def test_numbers_of_another_kind_are_traced_anew():
+    """2 and 2.0 are equal, and give other dtypes."""
+    counts = torch.tensor([1, 2, 3])
+    staged = Staged(lambda x, k: x * k, tier="graph")
+    for power in (2, 2.0, True, 2):
+        found, expected = staged(counts, power), counts * power
+        assert found.dtype == expected.dtype
+        assert_same(found, expected, 0.0)
+
+
+def test_calls_that_alternate():
+    """The inputs of one call are recognised in the next; others in between are not mistaken."""
+    batch, scale = inputs(4)
+    staged = Staged(gradient, tier="graph", check_every=1)
+    turned = {key: value.T.contiguous().T for key, value in batch.items()}
+    gaps = {key: torch.stack([value, value], 1)[:, 0] for key, value in batch.items()}
+    for given in (batch, batch, turned, gaps, gaps, batch, turned, gaps):
+        assert_same(staged(given, scale), gradient(batch, scale), 1e-12)
+    # Columns in memory are another graph; gaps are filled, so that rows with gaps are rows.
+    assert len(staged._plans) == 2
+
+
 def test_slices_with_gaps_in_memory():
     batch, scale = inputs(6)
     cut = {key: value[::2, 1:] for key, value in batch.items()}

@@ -42,7 +42,7 @@ from hbmeta.training import Learned, MetaGradient, Options, train
 
 _CELLS_FOR_THREADS = 50_000
 
-__all__ = ["Strategy"]
+__all__ = ["Strategy", "on_device", "threads_for"]
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Strategy(abc.ABC):
             )
         known = training_tasks(tasks, seed)
         if device is not None:
-            known = _on_device(known, device, where)
+            known = on_device(known, device, where)
         bound = model.bind(known) if isinstance(model, HierarchicalModel) else model
         problem = Problem(bound, known)
         if self.learns_spread and known.n_tasks < 2 and problem.sites.globals:
@@ -218,14 +218,14 @@ class Strategy(abc.ABC):
                 found="one group",
                 do="Use NoPooling or NUTS for a single group.",
             )
-        self._check_levels(problem)
+        self.check_levels(problem)
         self.check(problem)
         options = Options(
             steps=steps, tasks_per_step=tasks_per_step, learning_rate=learning_rate,
             theta_learning_rate=theta_learning_rate, decay=decay, seed=seed, tier=tier,
             checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
-        with _threads_for(known):
+        with threads_for(known):
             learned = self.learn(problem, tasks, options)
         schema = tasks.schema if isinstance(tasks, TaskSet) else None
         return Fitted(
@@ -245,7 +245,8 @@ class Strategy(abc.ABC):
             chains=learned.chains,
         )
 
-    def _check_levels(self, problem: Problem) -> None:
+    def check_levels(self, problem: Problem) -> None:
+        """Refuses programs without φ, and embeddings that the strategy would shrink to nothing."""
         if not problem.sites.locals and not self.without_phi:
             raise UnsupportedModelError(
                 self.name,
@@ -279,7 +280,8 @@ class Strategy(abc.ABC):
             )
 
 
-def _on_device(tasks: Tasks, device: str | torch.device, where: str) -> Tasks:
+def on_device(tasks: Tasks, device: str | torch.device, where: str) -> Tasks:
+    """The tasks there; DataError where this build of torch cannot use the device."""
     try:
         return tasks.to(device=torch.device(device))
     except (AssertionError, RuntimeError) as error:  # which of them depends on torch's build
@@ -292,7 +294,7 @@ def _on_device(tasks: Tasks, device: str | torch.device, where: str) -> Tasks:
 
 
 @contextlib.contextmanager
-def _threads_for(tasks: Tasks) -> Iterator[None]:
+def threads_for(tasks: Tasks) -> Iterator[None]:
     """One thread for small data: a second waits more than it works, above all on a busy machine."""
     before = torch.get_num_threads()
     small = tasks.device.type == "cpu" and tasks.n_tasks * tasks.max_points < _CELLS_FOR_THREADS
