@@ -27,22 +27,19 @@ from torch import Tensor
 from hbmeta.accounts import Entry, Ledger, cost_ratio
 from hbmeta.derivatives import hessian_vector, task_gradient
 from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
-from hbmeta.feeding import Feed, Needs, training_tasks
+from hbmeta.feeding import training_tasks
 from hbmeta.inference import FOMAML, Strategy
 from hbmeta.inference.strategy import on_device, threads_for
 from hbmeta.inference.work import Counted, Work
 from hbmeta.memory import peak_bytes
 from hbmeta.models import HierarchicalModel
-from hbmeta.movement import Moving
-from hbmeta.objective import Objective, Pieces, Whole
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Phi, Program, Theta
 from hbmeta.records import versions
 from hbmeta.rows import unknown_name
 from hbmeta.staging import TIERS, Staged, Tier, tier_of
-from hbmeta.tasks import Tasks
 from hbmeta.tasks.checks import check_count, check_seed
-from hbmeta.training import Options, prior_scales
+from hbmeta.training import Options, Setup
 
 __all__ = ["Entry", "Ledger", "cost_ratio", "ledger"]
 
@@ -108,17 +105,14 @@ def ledger(
     known = known if device is None else on_device(known, device, _WHERE)
     problem = Problem(model.bind(known) if isinstance(model, HierarchicalModel) else model, known)
     options = Options(steps=steps, tasks_per_step=tasks_per_step, seed=seed, tier=tier)
-    feeds: dict[Needs, Feed] = {
-        need: Feed(tasks, problem.layout, need, tasks_per_step, seed, problem.device, problem.dtype)
-        for need in dict.fromkeys(strategy.needs for strategy in strategies.values())
-    }
-    support, query = feeds["split" if "split" in feeds else "subset"].step(0)
-    rows = support if "split" in feeds else query
     with threads_for(known):
         sides = {
-            name: _Side(name, strategy, problem, known, feeds[strategy.needs], options)
+            name: _Side(name, strategy, problem, tasks, options)
             for name, strategy in strategies.items()
         }
+        split = [name for name, strategy in strategies.items() if strategy.needs == "split"]
+        support, query = sides[split[0] if split else next(iter(sides))].step
+        rows = support if split else query
         reached = [side.tier for side in sides.values()]
         alike = max(reached, key=TIERS.index) if baseline is None else sides[baseline].tier
         calls = {("step", name): side.call for name, side in sides.items()}
@@ -150,48 +144,23 @@ class _Side:
     """A strategy on the first step of its fit, staged as that fit would stage it."""
 
     def __init__(
-        self,
-        name: str,
-        strategy: Strategy,
-        problem: Problem,
-        tasks: Tasks,
-        feed: Feed,
-        options: Options,
+        self, name: str, strategy: Strategy, problem: Problem, data: Any, options: Options
     ) -> None:
         self.name, self.strategy, self.problem = name, strategy, problem
-        self.step = step = feed.step(0)
         strategy.check_levels(problem)
         strategy.check(problem)
-        data = tasks.to(device=problem.device, dtype=problem.dtype)
-        batch = problem.batch(data)
-        own = strategy.parameters(problem, data, options.seed)
-        own = None if own is None else own.to(device=problem.device, dtype=problem.dtype)
-        start = problem.theta(batch)
-        moving = Moving(start, prior_scales(problem, start, batch), own)
-        generator = torch.Generator().manual_seed(options.seed + 1)
-        self.noise = {
-            key: torch.randn(shape, generator=generator, dtype=torch.float64).to(batch.x)
-            for key, shape in strategy.noise(problem, step[0].n_tasks).items()
-        }
-        n_tasks = feed.n_contributing or options.steps * step[1].n_tasks
-        objective = Objective(strategy, problem, moving, n_tasks)
-        moving.fix(objective.untouched(*step, self.noise) if moving.free else [])
-        if not moving.free:
+        setup = Setup(strategy, problem, data, options)
+        if not setup.moving.free:
             raise UnsupportedModelError(
                 _WHERE,
                 needed=f"something that {name} learns from {problem.name}",
                 found="nothing: no θ and no parameters of its own that the loss depends on",
                 do="Leave it out, or give the program parameters.",
             )
+        self.step, self.noise = setup.first, setup.noise()
         self.decides = options.tier == "auto"
-        self.pieces = strategy.meta_gradient(problem, own, options)
-        self.gradient: Whole | Pieces
-        if self.pieces is None:
-            self.gradient = Whole(objective, tier=options.tier, steps=options.steps)
-        else:
-            self.gradient = Pieces(
-                objective, self.pieces, step[1], tier=options.tier, steps=options.steps
-            )
+        self.pieces = strategy.meta_gradient(problem, setup.own, options)
+        self.gradient = setup.gradient(self.pieces, options.steps)
         self._settle()
 
     def call(self) -> tuple[Tensor, list[Tensor]]:

@@ -86,7 +86,7 @@ def maximise_evidence(
     if at_zero:
         warnings.warn(
             f"{where}: the estimate of {', '.join(at_zero)} is zero: the data show no variation "
-            "there. NUTS, or prior=True, weighs how large it could still be.",
+            f"there. NUTS{'' if prior else ', or prior=True,'} weighs how large it could still be.",
             stacklevel=4,
         )
     return _learned(evidence, theta, at_zero, found.converged, found.seconds_staging)

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -287,8 +288,6 @@ def _filled(leaves: list[Any], tensors: Iterable[Tensor]) -> list[Any]:
 
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor without gaps in memory: a clone of it keeps its strides, so a graph fits it."""
-    from torch._prims_common import is_non_overlapping_and_dense_or_false
-
     if tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor):
         return tensor
     return tensor.contiguous()

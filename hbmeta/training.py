@@ -37,6 +37,7 @@ __all__ = [
     "Learned",
     "MetaGradient",
     "Options",
+    "Setup",
     "mean_over_queries",
     "prior_scales",
     "show_progress",
@@ -102,6 +103,71 @@ def prior_scales(problem: Problem, theta: Theta, batch: Batch) -> Theta:
     return sites.theta_from_vector(scale)
 
 
+class Setup:
+    """Where a fit starts: what moves, what is minimised, and the first step's tasks.
+
+    Args:
+        strategy: a strategy that is trained.
+        problem: the program on its data.
+        data: what `fit` was given.
+        options: of the fit.
+    Attributes:
+        untouched: θ that the loss does not depend on; it does not move.
+    """
+
+    def __init__(self, strategy: Strategy, problem: Problem, data: Any, options: Options) -> None:
+        self.strategy, self.problem, self.options = strategy, problem, options
+        self.tasks = training_tasks(data, options.seed).to(
+            device=problem.device, dtype=problem.dtype
+        )
+        batch = problem.batch(self.tasks)
+        own = strategy.parameters(problem, self.tasks, options.seed)
+        self.own = own if own is None else own.to(device=problem.device, dtype=problem.dtype)
+        self.feed = Feed(
+            data,
+            problem.layout,
+            strategy.needs,
+            options.tasks_per_step,
+            options.seed,
+            problem.device,
+            problem.dtype,
+        )
+        self.theta = problem.theta(batch)
+        self.moving = Moving(self.theta, prior_scales(problem, self.theta, batch), self.own)
+        self.untouched: list[str] = []
+        if not self.moving.free:
+            return
+        self.first = self.feed.step(0)
+        self.generator = torch.Generator()
+        self._shapes = strategy.noise(problem, self.first[0].n_tasks)
+        n_tasks = self.feed.n_contributing or options.steps * self.first[1].n_tasks
+        self.objective = Objective(strategy, problem, self.moving, n_tasks)
+        self.rewind()
+        found = self.objective.untouched(*self.first, self.noise())
+        self.moving.fix(found)
+        self.untouched = [name.removeprefix("theta/") for name in found]
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Lets the noise begin anew."""
+        self.generator.manual_seed(self.options.seed + 1)
+
+    def noise(self) -> dict[str, Tensor]:
+        """The next random numbers that the loss takes."""
+        like = self.first[0].x
+        return {
+            k: torch.randn(s, generator=self.generator, dtype=torch.float64).to(like)
+            for k, s in self._shapes.items()
+        }
+
+    def gradient(self, pieces: MetaGradient | None, steps: int) -> Whole | Pieces:
+        """Value and gradient of the objective, staged for so many steps."""
+        tier = self.options.tier
+        if pieces is None:
+            return Whole(self.objective, tier=tier, steps=steps)
+        return Pieces(self.objective, pieces, self.first[1], tier=tier, steps=steps)
+
+
 def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> Learned:
     """Adam on the strategy's loss; see the module's docstring.
 
@@ -109,63 +175,26 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         ConvergenceError: the loss became NaN or infinite; names the step.
         FileError: the checkpoint belongs to another fit.
     """
-    tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
-    whole = problem.batch(tasks)
-    own = strategy.parameters(problem, tasks, options.seed)
-    if own is not None:
-        own = own.to(device=problem.device, dtype=problem.dtype)
-    feed = Feed(
-        data,
-        problem.layout,
-        strategy.needs,
-        options.tasks_per_step,
-        options.seed,
-        problem.device,
-        problem.dtype,
-    )
-    start = problem.theta(whole)
-    moving = Moving(start, prior_scales(problem, start, whole), own)
-    if not moving.free:
-        # A program with θ given and a strategy that learns nothing of its own.
-        return Learned(theta=start, own=own, info={"untouched": []})
-    first_step = feed.step(0)
-    shapes = strategy.noise(problem, first_step[0].n_tasks)
-    generator = torch.Generator().manual_seed(options.seed + 1)
-
-    def noise() -> dict[str, Tensor]:
-        return {
-            k: torch.randn(s, generator=generator, dtype=torch.float64).to(whole.x)
-            for k, s in shapes.items()
-        }
-
-    n_tasks = feed.n_contributing or options.steps * first_step[1].n_tasks
-    objective = Objective(strategy, problem, moving, n_tasks)
-    untouched = objective.untouched(*first_step, noise())
-    moving.fix(untouched)
-    names = [name.removeprefix("theta/") for name in untouched]
-    if untouched:
+    setup = Setup(strategy, problem, data, options)
+    moving, names = setup.moving, setup.untouched
+    if names:
         warnings.warn(
             f"{strategy.name}: the loss does not depend on {', '.join(names)}, so it stays at its "
             "prior's location. A non-centered program or another strategy would learn it.",
             stacklevel=4,
         )
     if not moving.free:
-        return Learned(theta=start, own=own, info={"untouched": names})
-    generator.manual_seed(options.seed + 1)
+        # A program with θ given, or a loss without it, and a strategy that learns nothing else.
+        return Learned(theta=setup.theta, own=setup.own, info={"untouched": names})
     optimizer = _adam(moving, options)
     checkpoint = None
     done = torch.zeros(0, dtype=torch.float64)
     if options.checkpoint is not None:
-        identity = _identity(options, strategy, problem, tasks)
+        identity = _identity(options, strategy, problem, setup.tasks)
         checkpoint = Checkpoint(options.checkpoint, identity)
-        done = checkpoint.resume(moving.free, optimizer, generator)
-    pieces = strategy.meta_gradient(problem, own, options)
-    left = options.steps - len(done)
-    gradient: Whole | Pieces
-    if pieces is None:
-        gradient = Whole(objective, tier=options.tier, steps=left)
-    else:
-        gradient = Pieces(objective, pieces, first_step[1], tier=options.tier, steps=left)
+        done = checkpoint.resume(moving.free, optimizer, setup.generator)
+    pieces = strategy.meta_gradient(problem, setup.own, options)
+    gradient = setup.gradient(pieces, options.steps - len(done))
     rates = _rates(options)
     course = Course(
         strategy.name, rates, done, moving.scaled, progress=show_progress(options.progress)
@@ -173,7 +202,7 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     whole_rates = [group["lr"] for group in optimizer.param_groups]
     free = list(moving.free.values())
     for number, share in enumerate(rates.tolist()[len(done) :], start=len(done)):
-        loss, found = gradient(*feed.step(number), noise())
+        loss, found = gradient(*setup.feed.step(number), setup.noise())
         for value, one in zip(free, found, strict=True):
             # Copied: a compiled graph may return another order in memory than Adam walks along.
             value.grad.copy_(one)  # type: ignore[union-attr]
@@ -182,11 +211,11 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         optimizer.step()
         course.record(loss)
         if checkpoint is not None and (number + 1) % _CHECKPOINT_EVERY == 0:
-            checkpoint.save(moving.free, optimizer, course.so_far(), generator)
+            checkpoint.save(moving.free, optimizer, course.so_far(), setup.generator)
     info = {"untouched": names, "still_moving": course.finish(), "tier": gradient.tier}
     return Learned(
         theta=moving.settle(),
-        own=own,
+        own=setup.own,
         history=course.losses.tolist(),
         info=info | ({} if pieces is None else pieces.finish()),
         seconds_staging=gradient.seconds_staging,

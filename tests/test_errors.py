@@ -714,6 +714,13 @@ LENS = [
     kind("no minibatch", "batches=0", lambda _: Reptile(batches=0), "whole number of batches"),
     kind("an unknown inner optimizer", "'sgd'", lambda _: ANIL(optimizer="sgd"), "'descent'"),
     kind("an unknown reduction", "'total'", lambda _: MAML(reduction="total"), "'sum'"),
+    kind("recomputing as text", "'yes'", lambda _: MAML(recompute="yes"), "recompute among"),
+    kind(
+        "a search in half precision",
+        "bfloat16",
+        lambda _: NoPooling().fit(fits.model(), fits.new_tasks().to(dtype=torch.bfloat16)),
+        "float32",
+    ),
     kind("step sizes of an unknown kind", "'layer'", lambda _: MetaSGD(learned_step="layer")),
     kind("step sizes per step, none learned", "learned_step=None", lambda _: MAML(per_step=True)),
     kind(

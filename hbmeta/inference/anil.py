@@ -20,7 +20,8 @@ class ANIL(GradientStrategy):
     """MAML whose inner loop moves the last sites only: those that share the last one's prefix.
 
     "layer3.weight" and "layer3.bias" of a network; the last site where names have no dots. `sites`
-    says otherwise. Keeps p(y | φ, θ) and, of the sites that stay, the location of the prior. With
+    says otherwise. A program whose sites all are that group has no body, and ANIL is MAML there.
+    Keeps p(y | φ, θ) and, of the sites that stay, the location of the prior. With
     all sites it is MAML; exact where MAML is, as the MAP over the sites that move.
 
     Args: those of `GradientStrategy`.

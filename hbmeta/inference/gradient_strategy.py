@@ -138,8 +138,11 @@ class GradientStrategy(Strategy):
             ("reduction", ("mean", "sum")),
             ("optimizer", ("descent", "momentum", "adam")),
             ("learned_step", (None, "scalar", "site", "parameter")),
+            ("recompute", (None, True, False)),
+            ("per_step", (True, False)),
         ):
-            if getattr(self, setting) not in known:
+            # By repr: 1 is no True, and a tensor has no truth.
+            if repr(getattr(self, setting)) not in map(repr, known):
                 raise DataError(
                     self.name,
                     needed=f"{setting} among {', '.join(map(repr, known))}",

@@ -137,7 +137,7 @@ class ImplicitGradient:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss and gradient; see `MetaGradient`.
 
-        The gradient is the mean over the tasks with a query that are not left out.
+        A task that is left out adds nothing to the gradient, and is counted in the mean.
 
         Raises:
             ConvergenceError: a loss or a product is NaN or infinite.
@@ -159,7 +159,7 @@ class ImplicitGradient:
         asked = query.counts > 0
         require_positive(solution, asked, self.proximal.damping, where, self._now)
         used = (asked & solution.positive).to(found.value.dtype)
-        weights = used / used.sum().clamp_min(1.0)
+        weights = used / asked.sum().clamp_min(1)
         gradient: dict[str, Tensor] = self._outer(
             theta, support, query, found.point, solution.x, weights
         )

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hbmeta.compilation import HALVES
 from hbmeta.densities import Delta, Density, Empirical, Gaussian
 from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.feeding import Needs, training_tasks
@@ -218,6 +219,7 @@ class Strategy(abc.ABC):
                 found="one group",
                 do="Use NoPooling or NUTS for a single group.",
             )
+        self._check_precision(problem)
         self.check_levels(problem)
         self.check(problem)
         options = Options(
@@ -264,6 +266,16 @@ class Strategy(abc.ABC):
                 "learned would shrink to nothing)",
                 do="Use ProtoNet or MAML, which train on p(y | x), or fix the embedding with "
                 "requires_grad_(False).",
+            )
+
+    def _check_precision(self, problem: Problem) -> None:
+        if problem.dtype in HALVES and type(self).learn is not Strategy.learn:
+            raise DataError(
+                f"{self.name}.fit",
+                needed="data in float32 or float64: a sampler, a search and a Cholesky factor "
+                "need more digits than half precision has",
+                found=str(problem.dtype).removeprefix("torch."),
+                do="Pass tasks.to(dtype=torch.float32); MAML and its kin train in half precision.",
             )
 
     def _check_finite(self, density: Density, support: Tasks) -> None:

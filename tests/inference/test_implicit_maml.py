@@ -353,14 +353,14 @@ def test_tasks_of_negative_curvature_are_left_out_and_counted():
     strategy = ImplicitMAML(damping=2.0)
     problem, theta, support, query = set_up(Squares(), saddles(3.0, -1.0))
     _, gradient, pieces = by_pieces(strategy, problem, theta, support, query)
-    # Task "down" alone: ∂L^Q/∂φ = −y_Q x = −1 and λ/(λ − 2y) = 1/2.
-    assert float(gradient["start"]) == pytest.approx(-0.5, abs=1e-12)
+    # Task "down" alone, counted among two: ∂L^Q/∂φ = −y_Q x = −1 and λ/(λ − 2y) = 1/2.
+    assert float(gradient["start"]) == pytest.approx(-0.25, abs=1e-12)
     with pytest.warns(UserWarning, match=r"1 of 2 \(step, task\) pairs, in 1 of 1 steps.*damping"):
         counts = pieces.finish()["implicit"]
     assert (counts["left_out"], counts["steps_left_out"], counts["tasks"]) == (1, 1, 2)
     losses, by_autograd = by_loss(strategy, problem, theta, support, query)
     torch.testing.assert_close(losses, 0.5 * tensor([25.0, 1.0]) + HALF_LOG)
-    assert float(by_autograd["start"]) == pytest.approx(-0.25, abs=1e-12)  # over both
+    assert float(by_autograd["start"]) == pytest.approx(-0.25, abs=1e-12)
     # With more than 2 · 3 of damping it is a minimum: the mean of −5 · 6.5/0.5 and −6.5/8.5.
     _, gradient, pieces = by_pieces(ImplicitMAML(damping=6.5), problem, theta, support, query)
     assert float(gradient["start"]) == pytest.approx(-0.5 * (65 + 6.5 / 8.5), rel=1e-9)
