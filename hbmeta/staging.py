@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from hbmeta.compilation import HALVES, compile_graph, default_dtype_of
 from hbmeta.errors import DataError, HbmetaError, StagingError
+from hbmeta.rounding import moved_by_rounding
 from hbmeta.simplification import simplify
 
 Tier = Literal["eager", "graph", "compiled"]
@@ -39,6 +40,8 @@ TIERS: tuple[Tier, ...] = ("eager", "graph", "compiled")
 # of the order of a compilation (1 s for small graphs, about 8 ms a node for large ones).
 _SECONDS_PER_NODE = 0.008
 _SECONDS_TO_COMPILE = 2.0
+# A graph may differ by so many times what the function's own rounding moves it.
+_OWN_ROUNDING = 10.0
 # Results that agree to this many roundings of the largest of them are equal.
 _ROUNDINGS = 64
 # In half precision 64 roundings are half of a number: there the graph is compared that rounds where
@@ -230,6 +233,7 @@ class Staged:
         results = zip(pytree.tree_leaves(self.function(*args)), staged, strict=True)
         pairs = [(w, f) for w, f in results if isinstance(w, Tensor) and w.is_floating_point()]
         largest = max((float(wanted.detach().abs().max()) for wanted, _ in pairs), default=0.0)
+        moved: list[float] | None = None
         for number, (wanted, found) in enumerate(pairs):
             eps = torch.finfo(half or wanted.dtype).eps
             usual = 1e-9 if wanted.dtype == torch.float64 else 1e-4
@@ -242,6 +246,11 @@ class Staged:
             scale = wanted.detach().abs().max().clamp_min(max(rounding / rtol, 1e-12))
             difference = ((wanted - found).abs().max() / scale).item()
             if not difference <= rtol and bool(torch.isfinite(wanted).all()):
+                # An ill-conditioned result (a gradient through batch statistics in single
+                # precision) is no more exact in any order of its operations.
+                moved = moved_by_rounding(self.function, args) if moved is None else moved
+                if difference * float(scale) <= _OWN_ROUNDING * moved[number]:
+                    continue
                 raise StagingError(
                     getattr(self.function, "__qualname__", "function"),
                     needed=f"a graph equal to the program to a relative {rtol:g}",

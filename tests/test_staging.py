@@ -228,6 +228,24 @@ def test_a_gradient_that_vanishes_is_judged_by_the_rounding_of_the_loss():
         staged(torch.ones(3, dtype=torch.float64))
 
 
+def test_a_result_that_cancels_is_judged_by_what_rounding_moves_it():
+    """No other order of the same operations comes closer; a number that changes does not pass."""
+    setting = {"shift": 3000.0, "scale": 1.0}
+
+    def function(x):
+        return setting["scale"] * ((x + setting["shift"]) - setting["shift"])
+
+    staged = Staged(function, tier="graph", check_every=1)
+    x = torch.linspace(0.1, 0.2, 9)
+    staged(x)
+    setting["shift"] = 3000.3  # the same function, other roundings
+    assert float((function(x) - x).abs().max()) > 1e-4 * float(x.max())
+    staged(x)
+    setting["scale"] = 1.1
+    with pytest.raises(StagingError, match="a difference of"):
+        staged(x)
+
+
 def test_the_first_call_is_checked():
     """A graph that reads a different number while it is traced than afterwards."""
     calls = iter(range(100))
