@@ -85,7 +85,8 @@ def _errors(
         high = [mean + half for mean, half in found]
         axis.fill_between(steps, low, high, color=colour, alpha=0.18, lw=0)
     axis.set_yscale("log")
-    axis.set_yticks([0.3, 0.5, 1.0, 2.0, 4.0], ["0.3", "0.5", "1", "2", "4"])
+    ticks = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0)
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xticks([0, 1, 2, 3, 5, 7, 10])
     axis.set_xlabel("gradient steps on 5 points")
@@ -94,4 +95,7 @@ def _errors(
         Line2D([], [], color=styles[n][0], marker=styles[n][1], ms=3.2, mew=0, lw=1.0, label=n)
         for n in errors
     ]
+    # Lines fall from the left: there is room above them on the right.
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * (high / low) ** 0.35)
     axis.legend(handles=handles, loc="upper right", borderaxespad=0.0)

@@ -21,7 +21,14 @@ STYLES = {
     "nopooling": ("#999999", "v"),
     "completepooling": ("#CC79A7", "X"),
 }
-_SPARE = (("#E69F00", "P"), ("#56B4E9", "<"), ("#B79F00", ">"), ("#7A4FA3", "p"), ("#8C564B", "h"))
+_SPARE = (
+    ("#E69F00", "P"),
+    ("#56B4E9", "<"),
+    ("#B79F00", ">"),
+    ("#7A4FA3", "p"),
+    ("#8C564B", "h"),
+    ("#882255", "*"),
+)
 
 # Classes have the eight of Okabe and Ito in an order that keeps the first five far apart also in
 # print; the markers run through seven, so that 56 classes differ in one or the other.
