@@ -35,7 +35,7 @@ def main(steps: int = 60) -> hb.Comparison:
     print(comparison)
 
     print("\nStep sizes that Meta-SGD learned, all 0.05 before:")
-    for site, size in STRATEGIES["meta-sgd"].step_sizes(fits["meta-sgd"]).items():
+    for site, size in inference.step_sizes(fits["meta-sgd"]).items():
         print(f"  {site:<15}{size:.4f}")
 
     bias = inference.FOMAML.bias(fits["maml"], held_out)

@@ -232,11 +232,12 @@ outcome is not the one given here.
 **works** means that the contract holds: the same seed gives the same answer to the last bit; the
 caller's random state, Pyro's settings and its parameter store are left alone; adapting to new
 tasks does not change θ; the order of support rows does not matter (but for Bayesian networks under
-NUTS and no pooling, where rounding chooses one of many modes); a task without support gets the
-task prior (exact strategies, the amortized guide and the latent neural process) or its location
-(point estimates), and changes nothing for the other tasks; predictions are finite and shaped as y;
-and where the posterior is known and the strategy claims to give it, they agree. **refuses** means
-that `fit` raises an error that says what was needed, what was found and what to do.
+NUTS and no pooling, where rounding chooses one of many modes, and for inner minibatches); a task
+without support gets the task prior (exact strategies, the amortized guide and the latent neural
+process) or its location (point estimates), and changes nothing for the other tasks; predictions are
+finite and shaped as y; and where the posterior is known and the strategy claims to give it, they
+agree. **refuses** means that `fit` raises an error that says what was needed, what was found and
+what to do.
 """
 
 

@@ -483,7 +483,7 @@ def test_one_learned_step_is_scaled_per_parameter(name, reduction):
     """Claimed to rounding: φ_1 = φ₀ − a ∘ H (φ₀ − φ̂), with a as learned."""
     known = case(name)
     fitted, _ = fit_once("MetaSGD", name)
-    (sizes,) = fitted.strategy.step_sizes(fitted).values()
+    (sizes,) = inference.step_sizes(fitted).values()
     assert not torch.allclose(sizes[0], sizes[1], rtol=1e-3, atol=0.0)
     posterior = fitted.adapt(known.tasks, reduction=reduction)
     start = np.array([0.5, -1.0])

@@ -5,6 +5,7 @@ from hbmeta.inference.anil import ANIL
 from hbmeta.inference.exact_gp import ExactGP
 from hbmeta.inference.exact_linear import ExactLinear
 from hbmeta.inference.fomaml import FOMAML
+from hbmeta.inference.gradient_strategy import step_sizes
 from hbmeta.inference.implicit_maml import ImplicitMAML
 from hbmeta.inference.latent_np import LatentNP
 from hbmeta.inference.maml import MAML
@@ -33,4 +34,5 @@ __all__ = [
     "Quadrature",
     "Reptile",
     "Strategy",
+    "step_sizes",
 ]

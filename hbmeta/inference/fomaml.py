@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hbmeta.curvature import gradient_and_hessian
 from hbmeta.errors import DataError, UnsupportedModelError
-from hbmeta.inference.gradient_strategy import GradientStrategy
+from hbmeta.inference.gradient_strategy import GradientStrategy, step_sizes
 from hbmeta.inference.inner_optimizers import inner_optimizer
 from hbmeta.inference.maml import MAML
 from hbmeta.tasks import Episode, TaskSet
@@ -40,7 +40,7 @@ class FirstOrderBias:
         ids: of the tasks.
         gradient: (tasks, phi_size) of L^Q(φ_N) in φ_0, through the steps.
         first_order: (tasks, phi_size) the same with the trajectory detached.
-        curvature: (tasks,) L, the largest |eigenvalue| of ∇²L^S on the path.
+        curvature: (tasks,) L, the largest ‖∇²L^S‖ on the path, of the rows of sites that move.
         bound: (tasks,) ((1 + αL)^N − 1) ‖first_order‖, which no bias exceeds; NaN where L is.
     """
 
@@ -135,7 +135,7 @@ class FOMAML(GradientStrategy):
             loss = whole.end(problem, theta, {}, last, support, query).sum()
             gradient, first = torch.autograd.grad(loss, [start, end])
         curvature = _largest_curvature(strategy, problem, theta, support, path)
-        grown = (1 + _largest_rate(strategy, fitted) * curvature) ** strategy.steps - 1
+        grown = (1 + _largest_rate(fitted) * curvature) ** strategy.steps - 1
         return FirstOrderBias(
             episode.support.ids, gradient, first, curvature, grown * first.norm(dim=-1)
         )
@@ -160,18 +160,25 @@ def _episode_for(fitted: Fitted, data: Episode | TaskSet) -> Episode:
     return episode
 
 
-def _largest_rate(strategy: GradientStrategy, fitted: Fitted) -> float:
-    return max(float(size.abs().max()) for size in strategy.step_sizes(fitted).values())
+def _largest_rate(fitted: Fitted) -> float:
+    return max(float(size.abs().max()) for size in step_sizes(fitted).values())
 
 
 def _largest_curvature(
     strategy: GradientStrategy, problem: Any, theta: Any, support: Any, path: list[Tensor]
 ) -> Tensor:
-    """(tasks,) the largest |eigenvalue| on the path; NaN where it is too large to be had."""
+    """(tasks,) the largest ‖P ∇²L^S‖ on the path; NaN where it is too large to be had.
+
+    P keeps the rows of the sites that move: φ_{n+1} = φ_n − α P ∇L^S.
+    """
     counts = support.counts
     if problem.sites.phi_size > _DENSE_LIMIT or strategy.optimizer != "descent":
         return torch.full_like(counts, torch.nan)
     found = torch.zeros_like(counts)
+    names = strategy.moving(problem)
+    moves = torch.cat(
+        [torch.full((s.size,), s.name in names, device=counts.device) for s in problem.sites.locals]
+    )
     for number, point in enumerate(path):
 
         def loss(phi: Tensor, number: int = number) -> Tensor:
@@ -179,5 +186,5 @@ def _largest_curvature(
             return strategy.inner_loss(problem, theta, sites, support, number)
 
         hessian = gradient_and_hessian(loss, point)[2]
-        found = torch.maximum(found, torch.linalg.eigvalsh(hessian).abs().amax(-1))
+        found = torch.maximum(found, torch.linalg.matrix_norm(hessian[:, moves], 2))
     return found

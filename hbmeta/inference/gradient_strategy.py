@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 LearnedStep = Literal["scalar", "site", "parameter"]
 
-__all__ = ["GradientStrategy", "LearnedStep", "StepSizes"]
+__all__ = ["GradientStrategy", "LearnedStep", "StepSizes", "step_sizes"]
 
 
 class StepSizes(nn.Module):
@@ -97,10 +97,13 @@ class GradientStrategy(Strategy):
         learned_step: what has a step size of its own, learned with θ: None (α is given), "scalar",
             "site", or "parameter" (Meta-SGD).
         per_step: whether each inner step has its own.
-        batches: inner step n uses every `batches`-th point of the support, from point n on.
+        batches: inner step n uses every `batches`-th point of the support, from point n on, so that
+            the order of the points matters; a task without such a point stands still that step
+            (momentum coasts).
         recompute: keep φ_n alone and take each inner step again in the backward pass. Memory then
             grows with N by one φ per step in place of one graph, and compiling does not grow with
-            N; it costs one more gradient per step. None: from 10 steps on.
+            N; it costs one more gradient per step, and small programs, whose steps are called one
+            by one, take about twice as long. None: from 10 steps on.
     """
 
     steps: int = 5
@@ -186,28 +189,6 @@ class GradientStrategy(Strategy):
             # Also where other sites move than in training.
             scales = scales[:1] * n_sites
         return [self.step_size * scale for scale in scales]
-
-    @staticmethod
-    def step_sizes(fitted: Fitted) -> dict[str, Tensor]:
-        """The step sizes of a fit by site that moves, after training; (steps, ...) if per step.
-
-        Raises:
-            UnsupportedModelError: the fit is of another kind of strategy.
-        """
-        strategy = fitted.strategy
-        if not isinstance(strategy, GradientStrategy):
-            raise UnsupportedModelError(
-                "step_sizes",
-                needed="a fit with an inner loop of gradient steps",
-                found=strategy.name,
-                do="Pass a fit of MAML, FOMAML, Reptile, MetaSGD or ANIL.",
-            )
-        names = strategy.moving(fitted.problem)
-        if fitted.own is None:
-            return {name: torch.tensor(strategy.step_size) for name in names}
-        sizes: list[Tensor] = list(fitted.own.get_submodule("sizes").parameters())
-        sizes = sizes * len(names) if len(sizes) < len(names) else sizes
-        return {n: strategy.step_size * s.detach() for n, s in zip(names, sizes, strict=True)}
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -334,6 +315,31 @@ class GradientStrategy(Strategy):
         carries_back = products > 0 or self.learned_step is not None
         again = self.steps if carries_back and Recomputed.wanted(self) else 0
         return Work(self.steps + 1 + again, products, graph_kept=products > 0)
+
+
+def step_sizes(fitted: Fitted) -> dict[str, Tensor]:
+    """The step sizes of a fit by site that moves, as given or learned; (steps, ...) if per step.
+
+    What prior they imply for a curvature says `theory.residual`.
+
+    Raises:
+        UnsupportedModelError: the fit has no inner loop of gradient steps.
+    """
+    strategy, problem = fitted.strategy, fitted.problem
+    if not isinstance(strategy, GradientStrategy):
+        raise UnsupportedModelError(
+            "step_sizes",
+            needed="a fit with an inner loop of gradient steps",
+            found=strategy.name,
+            do="Pass a fit of MAML, FOMAML, Reptile, MetaSGD or ANIL.",
+        )
+    names = strategy.moving(problem)
+    if fitted.own is None:
+        given = torch.tensor(strategy.step_size, dtype=problem.dtype, device=problem.device)
+        return dict.fromkeys(names, given)
+    sizes: list[Tensor] = list(fitted.own.get_submodule("sizes").parameters())
+    sizes = sizes * len(names) if len(sizes) < len(names) else sizes
+    return {n: strategy.step_size * s.detach() for n, s in zip(names, sizes, strict=True)}
 
 
 def _is_number(value: Any) -> bool:

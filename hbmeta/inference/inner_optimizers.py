@@ -22,6 +22,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from hbmeta.movement import at_least_single
+
 Leaves = list[Tensor]
 State = list[Leaves]
 """φ first, then what the optimizer remembers; one entry per site in each."""
@@ -108,7 +110,8 @@ class Adam:
 
     def start(self, phi: Leaves) -> State:
         """φ_0 with both running means at 0."""
-        zeros = [torch.zeros_like(p) for p in phi]
+        # In float16 the square of a gradient below 2e-4 is 0.
+        zeros = [torch.zeros_like(at_least_single(p)) for p in phi]
         return [phi, zeros, [z.clone() for z in zeros]]
 
     def step(
@@ -120,13 +123,14 @@ class Adam:
     ) -> State:
         """φ − α m̂ / √(v̂ + ε²)."""
         phi, m, v = state
+        gradients = [at_least_single(g) for g in gradients]
         m = [self.first * a + (1 - self.first) * g for a, g in zip(m, gradients, strict=True)]
         v = [self.second * a + (1 - self.second) * g * g for a, g in zip(v, gradients, strict=True)]
         first, second = 1 - self.first ** (number + 1), 1 - self.second ** (number + 1)
         # ε² must not vanish beside nothing in single precision.
-        floor = max(self.floor**2, float(torch.finfo(phi[0].dtype).tiny) * 1e6)
+        floor = max(self.floor**2, float(torch.finfo(v[0].dtype).tiny) * 1e6)
         moved = [
-            p - r * (a / first) / (b / second + floor).sqrt()
+            p - r * ((a / first) / (b / second + floor).sqrt()).to(p.dtype)
             for p, r, a, b in zip(phi, rates, m, v, strict=True)
         ]
         return [moved, m, v]

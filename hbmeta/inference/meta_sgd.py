@@ -20,7 +20,7 @@ class MetaSGD(GradientStrategy):
     Keeps and replaces what MAML does. On quadratic losses its implied prior has covariance about
     N diag(α) for small steps (`theory.implied_prior_precision` with `preconditioner=`, exact for
     any): learning α is learning the scales of the task prior. A step size that turned negative has
-    no prior. `step_sizes(fitted)` returns what was learned.
+    no prior. `inference.step_sizes(fitted)` returns what was learned.
 
     Args: those of `GradientStrategy`, with other defaults.
 

@@ -36,9 +36,9 @@ class Reptile(GradientStrategy):
 
     Keeps and replaces what MAML does, at N gradients per step, without a Hessian-vector product and
     without a split into support and query. A θ that the likelihood holds besides φ (a noise, a
-    slope that tasks share) follows the gradient of the loss at φ_N, φ_N held. Its fixed point is
-    that where the travels of tasks add up to nothing: for curvatures 1 and 4 with minima 0 and 1,
-    α = 0.1 and N = 5 it is 0.6925.
+    slope that tasks share) and sites that stay follow the gradient of the loss at φ_N, φ_N held.
+    The fixed point is where the travels of tasks add up to nothing: for curvatures 1 and 4 with
+    minima 0 and 1, α = 0.1 and N = 5 it is 0.6925.
 
     Args: those of `GradientStrategy`, but for `learned_step` (the direction of travel says nothing
         of the step size). `batches` is the number of minibatches that a task's points are dealt
@@ -94,12 +94,17 @@ class Reptile(GradientStrategy):
         support: Batch,
         query: Batch,
     ) -> Tensor:
-        """(tasks,) the loss at φ_N; φ_0 gets (φ_0 − φ_N)/(αN) as its gradient."""
-        found = {name: value.detach() for name, value in found.items()}
+        """(tasks,) the loss at φ_N; φ_0 gets (φ_0 − φ_N)/(αN) as its gradient.
+
+        Sites that stay do not travel: they get the gradient of the loss, as θ of the likelihood.
+        """
+        names = self.moving(problem)
+        found = {k: v.detach() if k in names else start[k] for k, v in found.items()}
         points = query.counts.clamp_min(1.0)
         scale = 1.0 / (self.step_size * self.steps)
         travel = torch.zeros_like(points)
-        for name, value in start.items():
+        for name in names:
+            value = start[name]
             direction = scale * (value.detach() - found[name])
             travel = travel + (direction * value).reshape(len(points), -1).sum(-1)
         if self.reduction == "sum":

@@ -56,7 +56,8 @@ class SignedPrecision:
 
     Attributes:
         precision: 1/τ² where positive; 0 is a flat prior, infinity a point, negative is no prior.
-        oscillating: whether αλ > 1: iterates on alternating sides agree with a prior by accident.
+        oscillating: whether iterates pass the minimum (αλ > 1; from `implied_precision`, r < 0):
+            those on alternating sides agree with a prior by accident.
     """
 
     precision: float

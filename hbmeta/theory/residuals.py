@@ -18,6 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+from torch import Tensor
+
 from hbmeta.errors import DataError
 from hbmeta.theory.checks import require_count, require_curvature, require_positive
 from hbmeta.theory.early_stopping import SignedPrecision
@@ -27,7 +30,7 @@ __all__ = ["implied_precision", "residual"]
 
 def residual(
     curvature: float,
-    step_size: float | Sequence[float],
+    step_size: float | Sequence[float] | Tensor,
     steps: int,
     *,
     momentum: float = 0.0,
@@ -50,7 +53,9 @@ def residual(
     where = "residual"
     require_curvature(curvature, where)
     require_count(steps, "steps", "Pass the number of inner steps.", where)
-    sizes = [step_size] * steps if isinstance(step_size, float | int) else list(step_size)
+    # Tensors too, of which `step_sizes` of a fit gives one per site.
+    given = np.asarray(step_size, dtype=np.float64)
+    sizes = [float(given)] * steps if given.ndim == 0 else given.reshape(-1).tolist()
     if len(sizes) != steps or not all(math.isfinite(size) for size in sizes):
         raise DataError(
             where,
@@ -79,8 +84,10 @@ def implied_precision(curvature: float, left: float) -> SignedPrecision:
         curvature: λ > 0 of the summed negative log-likelihood.
         left: r, from `residual`.
     Returns:
-        the signed precision; a prior only where `is_prior`. `oscillating` says that r < 0 (the
-        iterate is beyond the minimum).
+        the signed precision; a prior only where `is_prior`. `oscillating` says here that r < 0 (the
+        iterate is beyond the minimum); r does not tell whether it went there and came back (even N
+        of descent with αλ > 1), where `implied_prior_variance` says so and the agreement is an
+        accident of this curvature.
     Raises:
         DataError: an argument outside its domain.
     Example:

@@ -13,7 +13,7 @@ from torch import nn
 
 from hbmeta import models
 from hbmeta.errors import DataError, UnsupportedModelError
-from hbmeta.inference import ANIL, FOMAML, MAML, CompletePooling, MetaSGD, Reptile
+from hbmeta.inference import ANIL, FOMAML, MAML, CompletePooling, MetaSGD, Reptile, step_sizes
 from hbmeta.inference.gradient_descent import descend, one_step
 from hbmeta.inference.inner_optimizers import Adam, Descent, Momentum
 from hbmeta.problem import Problem
@@ -132,6 +132,7 @@ LOOPS = [
     FOMAML(steps=3, learned_step="parameter"),
     Reptile(steps=3),
     Reptile(steps=4, batches=2, optimizer="adam"),
+    Reptile(steps=3, sites=("layer2",)),
 ]
 
 
@@ -457,7 +458,7 @@ def test_meta_sgd_learns_the_scales_of_tasks():
             models.LinearRegression(noise=0.3), family, steps=600, learning_rate=0.01,
             compile="graph", progress=False,
         )  # fmt: skip
-    sizes = torch.cat([v.flatten() for v in fitted.strategy.step_sizes(fitted).values()])
+    sizes = torch.cat([v.flatten() for v in step_sizes(fitted).values()])
     assert sizes.shape == (2,)
     assert float(sizes[1]) > 3 * float(sizes[0])
 
@@ -486,6 +487,65 @@ def test_only_the_head_moves():
             f"mean.{name}" in fitted.theta
         ) else bool((value == value[:1]).all())  # fmt: skip
         assert same == name.startswith("layer1")
+
+
+def test_reptile_trains_the_sites_that_stay():
+    """They get the gradient of the loss at φ_N; the travel of the others is α N of theirs."""
+    episode = Sinusoids(dtype=DOUBLE).sample(3, seed=0)
+    strategy = Reptile(steps=2, step_size=0.05, sites=("layer2",))
+    fitted = untrained(strategy, models.NeuralRegression(hidden=(4,)), episode)
+    problem = fitted.problem
+    rows = problem.batch(episode.all)
+    theta = {k: v.detach().requires_grad_() for k, v in fitted.theta.items()}
+    loss = strategy.loss(problem, theta, None, rows, rows, {}).sum()
+    names = [n for n in theta if n.startswith("mean.")]
+    found = dict(zip(names, torch.autograd.grad(loss, [theta[n] for n in names]), strict=True))
+    ends = MAML(steps=2, step_size=0.05, sites=("layer2",)).adapted(
+        problem, fitted.theta, None, rows
+    )
+    points = rows.counts
+    for name in names:
+        site = name.removeprefix("mean.")
+        if site.startswith("layer2"):
+            travel = (fitted.theta[name] - ends[site]).sum(0) / (2 * 0.05)
+            torch.testing.assert_close(found[name], travel.reshape(found[name].shape))
+            continue
+        leaf = ends[site].detach().requires_grad_()
+        value = -problem.log_likelihood(fitted.theta, {**ends, site: leaf}, rows) / points
+        (direct,) = torch.autograd.grad(value.sum(), leaf)
+        torch.testing.assert_close(found[name], direct.sum(0).reshape(found[name].shape))
+        assert float(direct.abs().max()) > 0
+
+
+def test_the_bound_of_some_sites_is_that_of_their_rows():
+    episode = Sinusoids(shots=4, queries=3, dtype=DOUBLE).sample(2, seed=0)
+    program = models.NeuralRegression(hidden=(3,), activation="tanh")
+    for sites in (None, ("layer2",), ("layer1.bias",)):
+        fitted = untrained(MAML(steps=3, step_size=0.1, sites=sites), program, episode)
+        found = FOMAML.bias(fitted, episode)
+        assert (found.bias.norm(dim=-1) <= found.bound).all()
+        if sites is None:
+            whole = found.curvature
+        else:
+            assert (found.curvature < whole).all()
+
+
+def test_what_a_fit_learned_goes_into_theory():
+    """`step_sizes` gives tensors: one number, or one per step."""
+    episode = Sinusoids(dtype=DOUBLE).sample(3, seed=0)
+    program = models.NeuralRegression(hidden=(4,))
+    for strategy in (MAML(steps=3), MAML(steps=3, learned_step="scalar", per_step=True)):
+        size = step_sizes(untrained(strategy, program, episode))["layer1.bias"]
+        assert size.dtype == DOUBLE
+        assert residual(2.0, size, 3) == pytest.approx((1 - 0.01 * 2.0) ** 3, rel=1e-12)
+
+
+def test_adam_keeps_its_moments_in_single_precision():
+    """In float16 the square of a gradient of 1e-4 is nothing, and ε² would be 61."""
+    start = torch.zeros(2, 3, dtype=torch.float16)
+    slope = torch.tensor([1.0, 1e-4, -1e-3], dtype=torch.float16)
+    end = descend(lambda p: (p * slope).sum(-1), start, step_size=0.01, steps=1, optimizer=Adam())
+    torch.testing.assert_close(end[0].detach(), -0.01 * slope.sign(), rtol=1e-2, atol=0.0)
 
 
 def test_all_sites_are_maml():
