@@ -1,7 +1,9 @@
 # Everything runs in .venv, which the first target that needs it builds. An activated environment plays no part.
 #   PYTHON       the interpreter that builds .venv            make test PYTHON=python3.12
+#   WORKERS      processes that the tests run in              make test WORKERS=4
 #   PYTEST_ARGS  more arguments for pytest                    make test PYTEST_ARGS="-k curvature -x"
 PYTHON ?= python3
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
@@ -27,10 +29,10 @@ demo: $(INSTALLED)  ## compare posterior approximations on the radon data, into 
 	$(BIN)/hbmeta compare radon --out results/radon
 
 test: $(INSTALLED)  ## the fast tests
-	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check .
