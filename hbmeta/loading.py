@@ -23,8 +23,12 @@ _HEADER = (
 
 def strategies() -> dict[str, type[Strategy]]:
     """The strategies of the toolkit by name."""
-    found = (getattr(inference, name) for name in inference.__all__ if name != "Strategy")
-    return {strategy.__name__: strategy for strategy in found}
+    found = (getattr(inference, name) for name in inference.__all__)
+    return {
+        one.__name__: one
+        for one in found
+        if isinstance(one, type) and issubclass(one, Strategy) and one is not Strategy
+    }
 
 
 def strategy_from_settings(

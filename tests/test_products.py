@@ -175,6 +175,7 @@ def test_whole_matrices_keep_their_dtype():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_long_chains():
     """Deeper than Python's stack."""
 

@@ -53,6 +53,7 @@ def test_tensors_that_are_no_numbers_are_left_out():
     assert found[1] == 0.0
 
 
+@pytest.mark.slow
 def test_a_graph_of_batch_norm_in_single_precision_differs_by_no_more():
     """w of a first layer has next to no gradient: BN(w x + b) hardly depends on its size."""
     with torch.random.fork_rng():
