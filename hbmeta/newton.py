@@ -224,7 +224,8 @@ def attempt(
     radius = torch.where(taken & (retries > 0), length, radius)
     radius = torch.where(rejected, shorter * length, radius)
     failures = torch.where(taken, torch.zeros_like(failures), failures + rejected.to(one.dtype))
-    hopeless = rejected & ((predicted <= 4 * noise) | (failures >= _FAILURES))
+    # By the digits of f here: where a step ended far up, f has few, and a shorter one may do.
+    hopeless = rejected & ((predicted <= 4 * eps * value.abs()) | (failures >= _FAILURES))
     given_up = torch.where(hopeless, one, given_up)
     again = again & ~hopeless
     moved = taken.unsqueeze(-1)

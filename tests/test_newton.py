@@ -134,6 +134,18 @@ def test_a_function_that_ends_at_a_wall():
     torch.testing.assert_close(found.point, b, rtol=1e-6, atol=1e-8)
 
 
+def test_a_step_far_up_an_exponential_is_shortened():
+    """Newton's first step ends where f is 1e26 and has no digits; that is no reason to stop."""
+    y = tensor([366.0, 1.0, 5000.0])
+
+    def function(phi):
+        return 6.0 * phi[:, 0].exp() - y * phi[:, 0]
+
+    found = minimise(function, tensor([[0.0], [0.0], [-3.0]]), tolerance=1e-10)
+    assert bool(found.met.all())
+    torch.testing.assert_close(found.point[:, 0], (y / 6.0).log(), rtol=0, atol=1e-9)
+
+
 def test_a_kink_is_reported_and_ends_the_search():
     """|φ − c| has no vanishing gradient at its minimum; the smooth task is not held up."""
     c = tensor([[0.3, -0.7], [2.0, 1.0]])
