@@ -6,6 +6,7 @@ numbers come in as arguments, so that a density can be drawn from inside a trace
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,41 @@ from torch import Tensor
 from hbmeta.errors import UnsupportedModelError
 from hbmeta.triangular import solve_lower
 
-__all__ = ["Delta", "Density", "Empirical", "Gaussian", "equal_draws"]
+__all__ = ["Delta", "Density", "Empirical", "Gaussian", "Transported", "equal_draws"]
+
+
+class Transported(abc.ABC):
+    """A density that is a smooth map of standard normal noise, one per task.
+
+    What a strategy brings beyond the shapes below (a flow, a structured covariance) is a frozen
+    dataclass of tensors with this base.
+    """
+
+    @property
+    @abc.abstractmethod
+    def noise_size(self) -> int:
+        """Standard normal numbers per draw and task."""
+
+    @abc.abstractmethod
+    def draw(self, noise: Tensor) -> Tensor:
+        """φ (draws, tasks, phi_size) for standard normal noise (draws, tasks, noise_size)."""
+
+    @abc.abstractmethod
+    def log_prob(self, phi: Tensor) -> Tensor:
+        """log q(φ) (..., tasks) for φ (..., tasks, phi_size)."""
+
+    @property
+    @abc.abstractmethod
+    def centre(self) -> Tensor:
+        """(tasks, phi_size) where the noise is zero."""
+
+    @abc.abstractmethod
+    def detach(self) -> Transported:
+        """The same numbers without their history."""
+
+    @abc.abstractmethod
+    def select(self, positions: Tensor) -> Transported:
+        """The density of some of the tasks."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +88,7 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Transported):
     """N(loc, L Lᵀ) per task.
 
     Attributes:
@@ -69,6 +104,16 @@ class Gaussian:
     def diagonal(self) -> bool:
         """Whether `scale` holds standard deviations."""
         return self.scale.ndim == self.loc.ndim
+
+    @property
+    def noise_size(self) -> int:
+        """One per entry of φ."""
+        return self.loc.shape[-1]
+
+    @property
+    def centre(self) -> Tensor:
+        """loc (tasks, phi_size)."""
+        return self.loc
 
     def draw(self, noise: Tensor) -> Tensor:
         """loc + L ε for standard normal noise (draws, tasks, phi_size)."""
@@ -185,7 +230,7 @@ class Empirical:
         return Empirical(self.phi[:, positions], weights, self.nodes)
 
 
-Density = Delta | Gaussian | Empirical
+Density = Delta | Transported | Empirical
 
 
 def equal_draws(log_weights: Tensor, n: int, seed: int) -> Tensor:

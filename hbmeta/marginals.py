@@ -302,6 +302,6 @@ def _shape_of(
     if n > _SMOOTHED and log_weights is None:  # thinned evenly; weighted draws carry too little
         kept = np.linspace(0, n - 1, _SMOOTHED).round().astype(int)
         values, weights = values[kept], np.full(_SMOOTHED, 1.0 / _SMOOTHED)
-    nodes = isinstance(one.density, Empirical) and one.density.nodes
-    nodes = nodes and one.density.mean.shape[-1] == 1
+    density = one.density
+    nodes = isinstance(density, Empirical) and density.nodes and density.phi.shape[-1] == 1
     return _Shape(mean, covariance, values, weights, nodes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hbmeta.components import Mixture, Particles, linear_columns, linear_gaussian, probes
-from hbmeta.densities import Delta, Density, Empirical, Gaussian, equal_draws
+from hbmeta.densities import Delta, Density, Empirical, Gaussian, Transported, equal_draws
 from hbmeta.enumeration import Classes, integrated, no_joint
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.functions import Functions
@@ -95,7 +95,7 @@ class TaskPosterior:
         )
 
     def particles(self, draws: int = 1000, seed: int = 0) -> Particles:
-        """At most `draws` stored draws of (θ, φ), evenly thinned, or fresh ones of a Gaussian.
+        """At most `draws` stored draws of (θ, φ), evenly thinned, or fresh ones of a density.
 
         Nodes of a grid come whole.
         """
@@ -103,11 +103,13 @@ class TaskPosterior:
         density = self.density
         if isinstance(density, Delta):
             return Particles(self.theta, False, density.loc.unsqueeze(0), None)
-        if isinstance(density, Gaussian):
+        if isinstance(density, Transported):
             generator = torch.Generator().manual_seed(seed)
-            shape = (draws, *density.loc.shape)
+            shape = (draws, len(self.ids), density.noise_size)
             noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-            return Particles(self.theta, False, density.draw(noise.to(density.loc)), None)
+            with torch.no_grad():
+                phi = density.draw(noise.to(density.centre))
+            return Particles(self.theta, False, phi, None)
         stored = density.phi.shape[0]
         kept = _thin(stored, stored if density.nodes else draws)
         weights = None if density.log_weights is None else density.log_weights[kept]
@@ -234,7 +236,7 @@ class TaskPosterior:
                 found=f"no {missing[0]!r}",
                 do="Pass the dict that sample() returns.",
             )
-        if not isinstance(self.density, Gaussian):
+        if not isinstance(self.density, Transported):
             return self.density.log_prob(next(iter(phi.values())))  # which refuses
         batch = self.problem.batch(self.support)
         with torch.no_grad():

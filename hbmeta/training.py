@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hbmeta.course import Course
 from hbmeta.curvature import gradient_and_hessian
-from hbmeta.densities import Delta, Empirical, Gaussian
+from hbmeta.densities import Density
 from hbmeta.feeding import Feed, training_tasks
 from hbmeta.movement import Moving
 from hbmeta.objective import MetaGradient, Objective, Pieces, Whole, mean_over_queries
@@ -71,7 +71,7 @@ class Learned:
     theta: Theta
     own: nn.Module | None = None
     drawn: bool = False
-    density: Delta | Gaussian | Empirical | None = None
+    density: Density | None = None
     history: list[float] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     seconds_staging: float = 0.0

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from hbmeta.compilation import HALVES
-from hbmeta.densities import Delta, Density, Empirical, Gaussian
+from hbmeta.densities import Delta, Density, Empirical, Transported
 from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.feeding import Needs, training_tasks
 from hbmeta.fitted import Fitted, Seconds
@@ -279,7 +279,10 @@ class Strategy(abc.ABC):
             )
 
     def _check_finite(self, density: Density, support: Tasks) -> None:
-        values = density.phi if isinstance(density, Empirical) else density.loc
+        if isinstance(density, Empirical):
+            values = density.phi
+        else:
+            values = density.loc if isinstance(density, Delta) else density.centre
         finite = torch.isfinite(values).all(-1)
         finite = finite.all(0) if finite.ndim == 2 else finite
         if not bool(finite.all()):
@@ -320,6 +323,6 @@ def threads_for(tasks: Tasks) -> Iterator[None]:
 def _detached(density: Density) -> Density:
     if isinstance(density, Delta):
         return Delta(density.loc.detach())
-    if isinstance(density, Gaussian):
+    if isinstance(density, Transported):
         return density.detach()
     return density
