@@ -114,6 +114,7 @@ def maximise(
     iterations: int = 60,
     tolerance: float = 1e-9,
     seed: int = 0,
+    derivatives: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Newton's method with its own damping for each task (Levenberg–Marquardt).
 
@@ -126,6 +127,8 @@ def maximise(
         iterations: at most so many evaluations of the Hessian.
         tolerance: stop where the predicted gain ½ gᵀ(−H)⁻¹g is below it, in nats.
         seed: of the side to which a saddle is left.
+        derivatives: φ to f, its gradient and its Hessian, where they are to be had faster than by
+            `gradient_and_hessian` (staged).
     Returns:
         the point, and (..., tasks) whether it met the tolerance.
     """
@@ -135,13 +138,16 @@ def maximise(
     damping = torch.full(phi.shape[:-1], 0.0, dtype=phi.dtype, device=phi.device)
     done = torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device)
     for _ in range(iterations):
-        value, gradient, hessian = gradient_and_hessian(function, phi)
+        found = gradient_and_hessian(function, phi) if derivatives is None else derivatives(phi)
+        value, gradient, hessian = found
         precision = -hessian
         # The curvature's own magnitude, so that damping has its units.
         magnitude = _magnitude(precision)
-        smallest = torch.linalg.eigvalsh(precision)[..., 0]
+        smallest = _smallest(precision, 1e-10 * magnitude)
         floor = torch.where(
-            smallest > 1e-10 * magnitude, 0.0 * smallest, -1.5 * smallest + 1e-3 * magnitude
+            smallest > 1e-10 * magnitude,
+            torch.zeros_like(smallest),
+            -1.5 * smallest + 1e-3 * magnitude,
         )
         total = torch.maximum(damping, floor)
         step = torch.linalg.solve(
@@ -188,6 +194,19 @@ def leave_saddle(function: Callable[[Tensor], Tensor], phi: Tensor, *, seed: int
                 break
             step = 0.5 * step
     return phi + step
+
+
+def _smallest(precision: Tensor, bound: Tensor) -> Tensor:
+    """(..., tasks) the smallest eigenvalue, or infinity where all are above their bound.
+
+    Cholesky's factor of precision − bound · I says that at a tenth of an eigenvalue's price.
+    """
+    shift = torch.diag_embed(bound.unsqueeze(-1).expand(precision.shape[:-1]))
+    _, failed = torch.linalg.cholesky_ex(precision - shift)
+    if bool((failed == 0).all()):
+        return torch.full_like(bound, torch.inf)
+    found: Tensor = torch.linalg.eigvalsh(precision)[..., 0]
+    return found
 
 
 def _magnitude(precision: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,28 +32,32 @@ __all__ = ["maximise_evidence"]
 def maximise_evidence(
     problem: Problem,
     batch: Batch,
-    evidence: Callable[[Theta], Tensor],
+    evidence: Callable[..., Tensor],
     *,
     prior: bool,
     options: Options,
     where: str,
+    beside: Callable[[Theta], Sequence[Tensor]] | None = None,
 ) -> Learned:
     """θ at the maximum of the evidence; warns where the estimate of a scale is zero.
 
     Args:
         problem: the program on its data.
         batch: the rows of all tasks.
-        evidence: θ to (tasks,) log p(y_i | θ), differentiable.
+        evidence: θ, and what `beside` gives, to (tasks,) log p(y_i | θ), differentiable.
         prior: whether log p(θ) is added.
         options: of the fit.
         where: the strategy's name, for errors and the warning.
+        beside: what the evidence takes besides θ, such as the modes of the tasks; found anew at
+            every θ and held constant in the gradient.
     Returns:
         θ; in info "log_evidence" there, summed over tasks, "at_zero", the names of positive level-1
         sites whose estimate is zero, and "converged", whether the search did.
     """
     start = problem.theta(batch)
+    others = beside if beside is not None else _nothing
     if not start:
-        return _learned(evidence, start, [], True, 0.0)
+        return _learned(evidence, start, others, [], True, 0.0)
     scales = prior_scales(problem, start, batch)
     names, sizes = list(start), [v.numel() for v in start.values()]
 
@@ -65,15 +69,21 @@ def maximise_evidence(
 
     rows = max(int(batch.mask.sum()), 1)
 
-    def objective(vector: Tensor) -> Tensor:
+    def objective(vector: Tensor, *given: Tensor) -> Tensor:
         theta = unpack(vector)
-        total = evidence(theta).sum()
+        total = evidence(theta, *given).sum()
         if prior:
             total = total + problem.log_prior(theta, batch)
         return -total / rows
 
     first = torch.zeros(sum(sizes), dtype=problem.dtype, device=problem.device)
-    found = minimise(objective, first, where=f"{where}.fit", tier=options.tier)
+    found = minimise(
+        objective,
+        first,
+        where=f"{where}.fit",
+        tier=options.tier,
+        beside=None if beside is None else lambda vector: others(unpack(vector)),
+    )
     theta = {name: value.detach() for name, value in unpack(found.point).items()}
     if not found.converged and found.steepest > _STEEP:
         warnings.warn(
@@ -89,18 +99,23 @@ def maximise_evidence(
             f"there. NUTS{'' if prior else ', or prior=True,'} weighs how large it could still be.",
             stacklevel=4,
         )
-    return _learned(evidence, theta, at_zero, found.converged, found.seconds_staging)
+    return _learned(evidence, theta, others, at_zero, found.converged, found.seconds_staging)
+
+
+def _nothing(theta: Theta) -> Sequence[Tensor]:
+    return ()
 
 
 def _learned(
-    evidence: Callable[[Theta], Tensor],
+    evidence: Callable[..., Tensor],
     theta: Theta,
+    beside: Callable[[Theta], Sequence[Tensor]],
     at_zero: list[str],
     converged: bool,
     seconds: float,
 ) -> Learned:
     with torch.no_grad():
-        total = float(evidence(theta).sum())
+        total = float(evidence(theta, *beside(theta)).sum())
     info = {"log_evidence": total, "at_zero": at_zero, "converged": converged}
     return Learned(theta, info=info, seconds_staging=seconds)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,35 +37,43 @@ class Minimum(NamedTuple):
 
 
 def minimise(
-    function: Callable[[Tensor], Tensor],
+    function: Callable[..., Tensor],
     start: Tensor,
     *,
     where: str,
     tier: Tier | Literal["auto"] = "auto",
     iterations: int = 2000,
     tolerance: float = 1e-7,
+    beside: Callable[[Tensor], Sequence[Tensor]] | None = None,
 ) -> Minimum:
     """The minimum of a smooth function of a vector.
 
     Args:
-        function: vector to (), differentiable; traced once.
+        function: vector, and what `beside` gives, to (), differentiable; traced once.
         start: the vector to start from.
         where: for the error.
         tier: how to run it.
         iterations: at most so many.
         tolerance: on the largest entry of the gradient, relative to the number of data.
+        beside: what the function takes besides the vector, found anew at every vector and held
+            constant in the gradient (an inner solution); it may branch on values.
     Raises:
         ConvergenceError: the function is NaN or infinite at the start.
     """
 
-    def value_and_gradient(vector: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(vector: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         vector = vector.detach().requires_grad_()
-        value = function(vector)
+        value = function(vector, *others)
         (gradient,) = torch.autograd.grad(value, vector)
         return value.detach(), gradient
 
     staged = Staged(value_and_gradient, tier=tier, expected_calls=400)
-    first = staged(start)[0]
+
+    def evaluated(vector: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = staged(vector, *(beside(vector) if beside else ()))
+        return found
+
+    first = evaluated(start)[0]
     if not bool(torch.isfinite(first)):
         raise ConvergenceError(
             where,
@@ -78,8 +86,8 @@ def minimise(
 
     def objective(point: Any) -> tuple[float, Any]:
         nonlocal stumbled
-        value, gradient = staged(torch.from_numpy(point).to(start))
-        value = float(value)
+        found, gradient = evaluated(torch.from_numpy(point).to(start))
+        value = float(found)
         if not np.isfinite(value):
             stumbled = True
             return 1e300, np.zeros_like(point)
