@@ -32,7 +32,7 @@ _BYTES_PER_DRAW = 16_000_000
 _TASKS_OF_A_SOURCE = 25
 _FIRST_SAMPLE = 64
 
-__all__ = ["Feed", "Needs", "training_tasks"]
+__all__ = ["Feed", "Needs", "taken", "training_tasks"]
 
 
 def training_tasks(data: Any, seed: int) -> Tasks:
@@ -291,6 +291,11 @@ def _in_order_of(x: Tensor, values: Tensor) -> Tensor:
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     back = [order.index(d) for d in range(x.ndim)]
     return values.permute(order).contiguous().permute(back)
+
+
+def taken(batch: Batch, chosen: Tensor) -> Batch:
+    """Some tasks of a batch, by position, in the same shape at every call; see `_take`."""
+    return _take(batch, None, chosen)[0]
 
 
 def _take(batch: Batch, given: Tensor | None, chosen: Tensor) -> tuple[Batch, Tensor | None]:

@@ -37,7 +37,7 @@ from hbmeta.triangular import covariance_factor
 
 _FULL_AT_MOST = 64
 
-__all__ = ["AmortizedGuide"]
+__all__ = ["AmortizedGuide", "flat_site"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class AmortizedGuide(Strategy):
 
     def check(self, problem: Problem) -> None:
         """A task prior that is a density: the bound has no value under a flat one."""
-        flat = _flat_site(problem)
+        flat = flat_site(problem)
         if flat is not None:
             raise UnsupportedModelError(
                 self.name,
@@ -213,7 +213,7 @@ def _diagonal_scale(log_prior: Any, start: Tensor) -> Tensor:
     return torch.where(row < -1e-12, (-row).clamp_min(1e-12), torch.ones_like(row)).rsqrt()
 
 
-def _flat_site(problem: Problem) -> str | None:
+def flat_site(problem: Problem) -> str | None:
     """A local site whose log prior is linear in some entry of φ, in unconstrained space.
 
     No density is: it has to fall on both sides. Its gradient is the same everywhere, whereas that

@@ -1,0 +1,176 @@
+"""Fits of `JointGuide`: a Gaussian over θ and all φ_i, handed out as paired draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hbmeta.conditional import conditional_over_draws, warn_of_proposals
+from hbmeta.densities import Empirical, Gaussian
+from hbmeta.families import Family
+from hbmeta.movement import Moving
+from hbmeta.posterior import TaskPosterior
+from hbmeta.problem import Problem
+from hbmeta.tasks import Tasks
+from hbmeta.training import Learned, Options, prior_scales
+from hbmeta.variational.frames import prior_frame
+from hbmeta.variational.joint_guide import GLOBAL, JointGuide
+from hbmeta.variational.local import LocalSearch
+from hbmeta.variational.objectives import Bound
+from hbmeta.variational.search import settle
+from hbmeta.variational.training import train_guide
+
+_FULL_AT_MOST = 64
+# Draws of (θ, φ) that a fit keeps.
+_KEPT = 1000
+_FIRST = 20
+# q(θ) starts this much narrower than p(θ), on the log scale: under a wide p(θ) programs overflow.
+_NARROW = -2.0
+
+__all__ = ["JointDensity", "adapt_to_draws", "learn_distribution"]
+
+
+class JointDensity(nn.Module):
+    """The numbers of q(θ) Π_i q(φ_i | θ), as a module, so that a fit saves them.
+
+    Attributes:
+        theta_loc: (theta_size,) m of the unconstrained global sites.
+        theta_scale: L (theta_size, theta_size), or standard deviations (theta_size,).
+        loc: (tasks, phi_size) a.
+        scale: (tasks, phi_size, phi_size) R, or standard deviations (tasks, phi_size).
+        slope: (tasks, phi_size, theta_size) B: E[φ | θ] = a + B L⁻¹ (θ − m).
+    """
+
+    theta_loc: Tensor
+    theta_scale: Tensor
+    loc: Tensor
+    scale: Tensor
+    slope: Tensor
+
+    def __init__(self, outer: Gaussian, inner: Gaussian, slope: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("theta_loc", outer.loc[0].detach().clone())
+        self.register_buffer("theta_scale", outer.scale[0].detach().clone())
+        self.register_buffer("loc", inner.loc.detach().clone())
+        self.register_buffer("scale", inner.scale.detach().clone())
+        self.register_buffer("slope", slope.detach().clone())
+
+    @staticmethod
+    def empty(problem: Problem, n_tasks: int, family: Family) -> JointDensity:
+        """Zeros in the shapes of a fit, to be filled from a file."""
+        size, inner = problem.sites.theta_size, problem.sites.phi_size
+        zeros = torch.zeros(n_tasks, inner, dtype=problem.dtype, device=problem.device)
+        full = size <= _FULL_AT_MOST
+        outer = Gaussian(
+            zeros.new_zeros(1, size), zeros.new_zeros((1, size, size) if full else (1, size))
+        )
+        scale = zeros.new_zeros(n_tasks, inner, inner) if family.full_frame else zeros
+        return JointDensity(outer, Gaussian(zeros, scale), zeros.new_zeros(n_tasks, inner, size))
+
+
+def learn_distribution(
+    name: str,
+    problem: Problem,
+    tasks: Tasks,
+    options: Options,
+    family: Family,
+    *,
+    draws: int,
+    fixed_draws: int,
+    step_size: float,
+    tolerance: float,
+) -> Learned:
+    """q(θ) and all q(φ_i | θ) by Adam on minibatches, ended by Newton where all tasks are seen.
+
+    Args:
+        name: of the strategy, for messages.
+        problem: the program.
+        tasks: of the fit.
+        options: of the fit; `tasks_per_step` is None where every step sees all tasks.
+        family: of q(φ_i | θ), Diagonal or FullRank.
+        draws: per step.
+        fixed_draws: of the noise of the search.
+        step_size: Adam's for q; module parameters have the learning rate of the fit.
+        tolerance: of the search.
+    Returns:
+        draws of θ with draws of φ, and in `own` the numbers of q.
+    """
+    batch = problem.batch(tasks)
+    theta = problem.theta(batch)
+    size = problem.sites.theta_size
+    centre = Gaussian(
+        problem.sites.theta_to_vector(theta).unsqueeze(0),
+        problem.sites.theta_to_vector(prior_scales(problem, theta, batch)).unsqueeze(0),
+    )
+    local = LocalSearch(
+        name, problem, family, family, Bound(1.0, 1), fixed_draws, tolerance, None, step_size
+    )
+    # q(φ_i) at the θ that a fit starts from, and its units from here on.
+    frame = prior_frame(problem, theta, batch, full=family.full_frame)
+    rows, frame, _ = local.newton(theta, None, frame, batch, options.seed, _FIRST, options.tier)
+    frame = family.reframed(rows, frame)[1]
+    moving = Moving(theta, {}, None)
+    moving.fix(f"theta/{site.name}" for site in problem.sites.globals)
+    guide = JointGuide(
+        problem, family, centre, full=size <= _FULL_AT_MOST, draws=draws, moving=moving
+    )
+    outer = torch.zeros(guide.outer.parameters, dtype=problem.dtype, device=problem.device)
+    outer[size : 2 * size] = _NARROW
+    shared = {GLOBAL: outer, **moving.free}
+    rates = {GLOBAL: step_size} | dict.fromkeys(moving.free, options.learning_rate)
+    trained = train_guide(
+        name, guide, shared, guide.start(frame, options.seed), frame, batch, options,
+        rates=rates, row_rate=step_size, row_floor=step_size, watched={},
+    )  # fmt: skip
+    shared, rows = trained.shared, trained.rows
+    info: dict[str, Any] = {"still_moving": trained.still_moving, "tier": trained.tier}
+    noise = guide.fixed_noise(fixed_draws, options.seed, frame.loc)
+    if options.tasks_per_step is None and not moving.free:
+        rows, info["residual"] = settle(
+            name, guide, shared, rows, frame, batch, noise, tolerance=tolerance, tier=options.tier
+        )
+    with torch.no_grad():
+        losses, prior = guide.terms(shared, rows, frame, batch, noise, fixed=True)
+        info["bound"] = -float(losses.sum() + prior)
+        drawn, phi = guide.sample(shared, rows, frame, _KEPT, options.seed)
+        inner, slope = guide.local_parts(rows, frame)
+        own = JointDensity(guide.global_density(shared), inner, slope)
+    return Learned(
+        theta=drawn,
+        own=own,
+        drawn=True,
+        density=Empirical(phi),
+        history=trained.losses,
+        info=info,
+        seconds_staging=trained.seconds_staging,
+    )
+
+
+def adapt_to_draws(fitted: Any, support: Tasks, seed: int, name: str) -> TaskPosterior:
+    """φ of new tasks for each draw of θ, with the weight p(S_new | θ) of each draw.
+
+    Tasks that the fit saw with the very same rows keep its own draws, whose weights are equal: its
+    draws of θ know their rows.
+    """
+    problem: Problem = fitted.problem
+    seen = fitted.saw(support)
+    if seen and all(seen):
+        posterior: TaskPosterior = fitted.posterior_of(support)
+        return posterior
+    batch = problem.batch(support)
+    found, info = conditional_over_draws(problem, fitted.theta, batch, seed=seed)
+    warn_of_proposals(info, support.ids, f"{name}.adapt")
+    assert found.log_weights is not None
+    phi, log_weights = found.phi.clone(), found.log_weights.clone()
+    for position, same in enumerate(seen):
+        if same:
+            where = fitted.tasks.position(support.ids[position])
+            phi[:, position] = fitted.density.phi[:, where]
+            log_weights[:, position] = 0.0
+    density = Empirical(phi, log_weights)
+    info["effective_draws"] = density.effective_draws
+    return TaskPosterior(
+        problem, fitted.theta, density, support, drawn=True, info=info, units=fitted.units
+    )
