@@ -8,9 +8,10 @@ New tasks: (θ_s, φ_s) with φ_s ~ p(φ | S_new, θ_s), weighted by p(S_new | �
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,19 +23,30 @@ from torch import Tensor
 from hbmeta.chains import Chains, run_chains
 from hbmeta.conditional import conditional, conditional_over_draws, warn_of_proposals
 from hbmeta.densities import Density, Empirical
-from hbmeta.errors import DataError, ProgramError, UnsupportedModelError
+from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.feeding import training_tasks
 from hbmeta.inference.strategy import Strategy
+from hbmeta.joint_density import (
+    Potential,
+    check_gradient,
+    log_density,
+    pack,
+    staged_log_density,
+    unpack,
+)
+from hbmeta.parametrisation import CHOICES, Choice, Coordinates
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
-from hbmeta.staging import Staged, Tier
+from hbmeta.staging import Tier
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, Options, show_progress
 
 __all__ = ["NUTS", "log_density", "staged_log_density"]
 
 _MOST_DRAWS_OF_THETA = 1000
+# The pilot that tells which parametrisation is better, at most; its trees are cut at 2^7 steps.
+_PILOT_DRAWS, _PILOT_WARMUP, _PILOT_DEPTH = 60, 150, 7
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,13 @@ class NUTS(Strategy):
         target_accept: raise towards 1 where there are divergences.
         max_tree_depth: a trajectory has at most 2 to this power steps.
         processes: chains that run at a time; the number of cores by default.
+        parametrisation: what the chains move in at local sites φ = m + s ε of a location-scale
+            family whose m or s depends on θ: φ ("centered"), ε ("non-centered"), or the better of
+            the two, per site and task, by a short pilot ("auto"). "as written" moves the program's
+            own sites. Draws are always of φ; `info["parametrisation"]` says what was used.
     References:
         Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: Vehtari et al. (2021), by
-        ArviZ.
+        ArviZ. Parametrisation: `hbmeta.parametrisation`.
     """
 
     learns_spread: ClassVar[bool] = False
@@ -67,6 +83,7 @@ class NUTS(Strategy):
     target_accept: float = 0.8
     max_tree_depth: int = 10
     processes: int | None = None
+    parametrisation: Choice = "auto"
 
     def __post_init__(self) -> None:
         counts = (self.draws, self.chains, self.warmup, self.max_tree_depth)
@@ -82,6 +99,13 @@ class NUTS(Strategy):
                 "target_accept in (0, 1)",
                 found=str(self.settings()),
                 do="Correct the setting.",
+            )
+        if self.parametrisation not in CHOICES:
+            raise DataError(
+                "NUTS",
+                needed=f"parametrisation among {', '.join(map(repr, CHOICES))}",
+                found=repr(self.parametrisation),
+                do="Leave it out to have it chosen.",
             )
 
     def check(self, problem: Problem) -> None:
@@ -103,31 +127,54 @@ class NUTS(Strategy):
         theta = problem.theta(batch)
         expected = self.chains * (self.draws + self.warmup) * 15
         tier: Tier = "compiled" if options.tier == "auto" else options.tier
-        potential, seconds_staging = staged_log_density(problem, batch, theta, tier, expected)
-        starts = self._starts(problem, batch, theta, options.seed, potential)
+        coordinates = Coordinates.of(problem, batch, self.parametrisation, self.name)
+        potential, seconds_staging = staged_log_density(
+            problem, batch, theta, tier, expected, coordinates
+        )
+        starts = self._starts(problem, batch, theta, options.seed, potential, coordinates)
         if problem.dtype == torch.float64:
-            _check_gradient(potential, starts[0], problem.name)
-        found = run_chains(
+            check_gradient(potential, starts[0], problem.name)
+        run = functools.partial(
+            run_chains,
             potential,
+            seed=options.seed,
+            target_accept=self.target_accept,
+            processes=1 if problem.device.type != "cpu" else self.processes,
+            where=f"{self.name}.fit",
+        )
+        if coordinates is not None and self.parametrisation == "auto":
+            pilot = run(
+                starts[:2],
+                draws=min(self.draws, _PILOT_DRAWS),
+                warmup=min(self.warmup, _PILOT_WARMUP),
+                max_tree_depth=min(self.max_tree_depth, _PILOT_DEPTH),
+                progress=False,
+            )
+            drawn, t = unpack(problem, _like(problem, pilot.draws.flatten(0, 1)), batch.n_tasks)
+            coordinates.choose({**theta, **drawn}, bool(drawn), t, batch)
+            starts = self._starts(problem, batch, theta, options.seed, potential, coordinates)
+        found = run(
             starts,
             draws=self.draws,
             warmup=self.warmup,
-            seed=options.seed,
-            target_accept=self.target_accept,
             max_tree_depth=self.max_tree_depth,
-            processes=1 if problem.device.type != "cpu" else self.processes,
             progress=show_progress(options.progress),
-            where=f"{self.name}.fit",
         )
-        return self._learned(problem, tasks, theta, found, seconds_staging)
+        return self._learned(problem, tasks, theta, found, seconds_staging, coordinates)
 
     def _starts(
-        self, problem: Problem, batch: Batch, theta: Theta, seed: int, potential: Callable[..., Any]
+        self,
+        problem: Problem,
+        batch: Batch,
+        theta: Theta,
+        seed: int,
+        potential: Potential,
+        coordinates: Coordinates | None,
     ) -> Tensor:
         """Spread around the priors' locations, halving the spread until the density is finite."""
+        place = problem.location if coordinates is None else coordinates.start
         with torch.no_grad():
-            phi = problem.location(theta, batch)
-        centre = _pack(problem, theta, phi).double().cpu()
+            centre = pack(problem, theta, place(theta, batch)).double().cpu()
         generator = torch.Generator().manual_seed(seed)
         rows = []
         for _ in range(self.chains):
@@ -141,13 +188,28 @@ class NUTS(Strategy):
         return torch.stack(rows)
 
     def _learned(
-        self, problem: Problem, tasks: Tasks, theta: Theta, found: Chains, seconds_staging: float
+        self,
+        problem: Problem,
+        tasks: Tasks,
+        theta: Theta,
+        found: Chains,
+        seconds_staging: float,
+        coordinates: Coordinates | None,
     ) -> Learned:
-        flat = found.draws.reshape(-1, found.draws.shape[-1]).to(
-            dtype=problem.dtype, device=problem.device
-        )
-        drawn, phi = _unpack(problem, flat, tasks.n_tasks)
-        info = self._diagnostics(found)
+        flat = _like(problem, found.draws.flatten(0, 1))
+        drawn, phi = unpack(problem, flat, tasks.n_tasks)
+        if coordinates is not None:
+            # Nothing after this knows of other coordinates: φ, and log p(θ, φ, y) of it.
+            batch = problem.batch(tasks)
+            phi, log_det = coordinates.many({**theta, **drawn}, bool(drawn), phi, batch)
+            vectors = torch.cat([flat[:, : problem.sites.theta_size], phi.flatten(1)], 1)
+            log_det = log_det.to(found.log_density).reshape(found.log_density.shape)
+            found = dataclasses.replace(
+                found,
+                draws=vectors.to(found.draws).reshape(found.draws.shape),
+                log_density=found.log_density - log_det,
+            )
+        info = self._diagnostics(found, coordinates)
         return Learned(
             theta={**theta, **drawn},
             drawn=bool(problem.sites.globals),
@@ -157,7 +219,7 @@ class NUTS(Strategy):
             chains=self.chains,
         )
 
-    def _diagnostics(self, found: Chains) -> dict[str, Any]:
+    def _diagnostics(self, found: Chains, coordinates: Coordinates | None) -> dict[str, Any]:
         """Rank-normalised R̂ and effective sample sizes of every unconstrained coordinate."""
         info: dict[str, Any] = {
             "divergences": int(found.diverging.sum()),
@@ -168,6 +230,7 @@ class NUTS(Strategy):
             "log_density": found.log_density,
             "tree_depth": found.tree_depth,
             "step_size": found.step_size,
+            "parametrisation": "as written" if coordinates is None else coordinates.describe(),
         }
         draws = arviz.convert_to_dataset(found.draws.numpy())
         if self.draws >= 4:
@@ -261,14 +324,35 @@ def _with_draws_of_the_fit(
     return Empirical(phi, log_weights)
 
 
+def _like(problem: Problem, draws: Tensor) -> Tensor:
+    return draws.to(dtype=problem.dtype, device=problem.device)
+
+
+def _used(info: dict[str, Any]) -> str:
+    """The parametrisation in words; nothing where it is the program's own."""
+    used = info.get("parametrisation", "as written")
+    return "" if isinstance(used, str) else ", ".join(f"{k} {v}" for k, v in used.items())
+
+
+def _advice(info: dict[str, Any]) -> str:
+    """What to try against divergences, given the parametrisation in use."""
+    raised, used = "Raise target_accept (0.95)", _used(info)
+    if not used:
+        return f"{raised}, or write the program non-centered."
+    if any(choice != "non-centered" for choice in info["parametrisation"].values()):
+        return f'{raised}, or pass parametrisation="non-centered" (it was: {used}).'
+    return (
+        f'{raised}, pass parametrisation="centered" (it was: {used}), or give the scales a prior '
+        "with less mass near 0 and far out."
+    )
+
+
 def trouble(info: dict[str, Any]) -> list[str]:
     """What is wrong with a run, in words; empty where nothing is."""
     out = []
+    used = f"; {_used(info)}" if _used(info) else ""
     if info["divergences"]:
-        out.append(
-            f"{info['divergences']} divergent transitions. Raise target_accept (0.95), or write "
-            "the program non-centered."
-        )
+        out.append(f"{info['divergences']} divergent transitions. {_advice(info)}")
     if info["deep_trees"]:
         out.append(
             f"{info['deep_trees']} trajectories hit max_tree_depth. Raise it, or rescale the "
@@ -278,81 +362,9 @@ def trouble(info: dict[str, Any]) -> list[str]:
     several = info["diverging"].shape[0] > 1
     if several and "r_hat" in info and not bool((info["r_hat"] <= 1.01).all()):
         worst = float(info["r_hat"].nan_to_num(torch.inf).max())
-        out.append(f"split R̂ up to {worst:.3f} (above 1.01). Raise warmup and draws.")
+        out.append(f"split R̂ up to {worst:.3f} (above 1.01{used}). Raise warmup and draws.")
     if "ess_bulk" in info:
         least = float(torch.minimum(info["ess_bulk"], info["ess_tail"]).min())
         if not least >= 400:
-            out.append(f"an effective sample size of {least:.0f} (below 400). Raise draws.")
+            out.append(f"an effective sample size of {least:.0f} (below 400{used}). Raise draws.")
     return out
-
-
-def _check_gradient(
-    potential: Callable[[Tensor], tuple[Tensor, Tensor]], point: Tensor, name: str
-) -> None:
-    """The gradient against a difference quotient; `float(tensor)` cuts it without a word."""
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(point.shape, generator=generator, dtype=torch.float64)
-    step = 1e-5
-    above, below = (float(potential(point + sign * step * direction)[0]) for sign in (1, -1))
-    quotient = (above - below) / (2 * step)
-    slope = float(potential(point)[1] @ direction)
-    if not math.isfinite(quotient) or not math.isfinite(slope):
-        return
-    if abs(quotient - slope) > 1e-4 + 1e-3 * (abs(quotient) + abs(slope)):
-        raise ProgramError(
-            name,
-            needed="a log density whose gradient reaches every latent",
-            found=f"a slope of {slope:.6g} where differences give {quotient:.6g}",
-            do="Take float(...), .item(), .detach() and numpy out of the program.",
-        )
-
-
-def _pack(problem: Problem, theta: Theta, phi: Tensor) -> Tensor:
-    parts = [problem.sites.theta_to_vector(theta)] if problem.sites.globals else []
-    return torch.cat([*parts, phi.reshape(-1)])
-
-
-def _unpack(problem: Problem, vector: Tensor, n_tasks: int) -> tuple[Theta, Tensor]:
-    size = problem.sites.theta_size
-    phi = vector[..., size:].reshape(*vector.shape[:-1], n_tasks, problem.sites.phi_size)
-    return problem.sites.theta_from_vector(vector[..., :size]), phi
-
-
-def log_density(
-    problem: Problem, theta: Theta, vector: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """log p(θ, φ, y) in unconstrained space and its gradient, at one vector of all latents."""
-    vector = vector.detach().requires_grad_()
-    drawn, phi = _unpack(problem, vector, batch.n_tasks)
-    likelihood, local, prior = problem.terms({**theta, **drawn}, phi, batch)
-    value = likelihood.sum() + local.sum() + prior
-    (gradient,) = torch.autograd.grad(value, vector)
-    return value.detach(), gradient
-
-
-def staged_log_density(
-    problem: Problem, batch: Batch, theta: Theta, tier: Tier, expected_calls: int
-) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], float]:
-    """The log density as a function of float64 vectors on the CPU, staged; and what that took."""
-
-    def function(vector: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-        return log_density(problem, theta, vector, rows)
-
-    with torch.no_grad():
-        centre = _pack(problem, theta, problem.location(theta, batch))
-    staged = Staged(function, tier=tier, expected_calls=expected_calls, check_every=2**62)
-    run = staged.flat(centre, batch)
-    data = [t for t in (batch.x, batch.y, batch.weight, batch.task) if t is not None]
-    if centre.dtype == torch.float64 and centre.device.type == "cpu":
-
-        def potential(vector: Tensor) -> tuple[Tensor, Tensor]:
-            value, gradient = run(vector, *data)
-            return value, gradient
-
-    else:
-
-        def potential(vector: Tensor) -> tuple[Tensor, Tensor]:
-            value, gradient = run(vector.to(centre), *data)
-            return value.double().cpu(), gradient.double().cpu()
-
-    return potential, staged.seconds_staging

@@ -1,0 +1,199 @@
+"""Markov chains of φ on the gradients of mini-batches, all tasks and chains side by side.
+
+What a strategy of this kind brings is one transition (its file); here is what the members share:
+the gradient of
+
+    f_i(φ) = (n_i / b_i) log p(B_i | φ, θ) + log p(φ | θ),    B_i ⊆ S_i, |B_i| = b_i rows,
+
+an unbiased estimate of log p(S_i, φ | θ), and the preconditioner. Chains move z = φ / d with
+d = |diag H|^(−1/2), H the curvature of log p(S_i, φ | θ), so that a step size has no units and
+serves a precise task as well as a vague one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hbmeta.curvature import log_joint
+from hbmeta.problem import Problem
+from hbmeta.program import Batch, Theta
+from hbmeta.staging import Staged, Tier
+
+State = tuple[Tensor, ...]
+"""φ (chains, tasks, phi_size), and what else a transition carries on, of the same shape."""
+
+Move = Callable[[State, Tensor, Tensor, Tensor], State]
+"""State, gradient of f in z, standard normal noise (both as φ) and d (tasks, phi_size)."""
+
+# Up to so many entries the diagonal of H is exact; from there on it is estimated from as many
+# random signs v, E[v ∘ H v] = diag H (Bekas, Kokiopoulou, Saad 2007).
+_PROBES = 16
+# A curvature below this share of the task's mean is flat: the step there is that of a tenth of it.
+_LEAST = 1e-2
+
+__all__ = ["Move", "State", "TaskChains", "curvature_scale"]
+
+
+def curvature_scale(function: Callable[[Tensor], Tensor], phi: Tensor, *, seed: int = 0) -> Tensor:
+    """d (tasks, phi_size), |∂²f/∂φ_j²|^(−1/2) at φ (tasks, phi_size).
+
+    Args:
+        function: φ to (tasks,), tasks independent of each other.
+        phi: where.
+        seed: of the random signs.
+    """
+    size = phi.shape[-1]
+    exact = size <= _PROBES
+    if exact:
+        probes = torch.eye(size, dtype=phi.dtype, device=phi.device)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (_PROBES, size), generator=generator)
+        probes = (2 * signs - 1).to(phi)
+    with torch.enable_grad():
+        phi = phi.detach().requires_grad_()
+        # Nothing may depend on φ twice (a flat prior, a Laplace one): zeros then.
+        value = function(phi).sum() + 0.0 * phi.square().sum()
+        (gradient,) = torch.autograd.grad(value, phi, create_graph=True)
+        found = torch.zeros_like(phi)
+        for probe in probes:
+            (row,) = torch.autograd.grad((gradient * probe).sum(), phi, retain_graph=True)
+            found = found + probe * row
+    curvature = (found if exact else found / _PROBES).abs().detach()
+    curvature = torch.where(curvature.isfinite(), curvature, torch.zeros_like(curvature))
+    floor = _LEAST * curvature.mean(-1, keepdim=True)
+    flat = curvature.amax(-1, keepdim=True) <= 1e-12
+    return torch.where(flat, torch.ones_like(curvature), torch.maximum(curvature, floor)).rsqrt()
+
+
+class TaskChains:
+    """Chains of φ for the tasks of a batch, at a θ that comes with every call.
+
+    Args:
+        problem: the program.
+        batch: all rows of the tasks.
+        move: the transition.
+        rows: rows in a mini-batch of a task; None for all of them.
+        tier: of staging.
+        moves: how often it will be called, for tier "auto".
+        seed: of the mini-batches.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        batch: Batch,
+        move: Move,
+        *,
+        rows: int | None,
+        tier: Tier | str,
+        moves: int,
+        seed: int,
+    ) -> None:
+        self.problem, self.batch, self.move = problem, batch, move
+        longest = int(batch.counts.max()) if batch.n_tasks else 0
+        self.rows = None if rows is None or rows >= longest else rows
+        self.generator = torch.Generator().manual_seed(seed)
+        self._order = _rows_by_task(batch) if self.rows is not None else None
+        self.staged = Staged(self._moved, tier=tier, expected_calls=moves)  # type: ignore[arg-type]
+
+    def scale(self, theta: Theta, phi: Tensor) -> Tensor:
+        """d (tasks, phi_size) at φ (tasks, phi_size)."""
+        return curvature_scale(lambda p: log_joint(self.problem, theta, p, self.batch), phi)
+
+    def step(
+        self, theta: Theta, state: State, scale: Tensor, noise: Tensor, limit: float = math.inf
+    ) -> State:
+        """One transition of every chain.
+
+        Args:
+            theta: θ.
+            state: where the chains are.
+            scale: d.
+            noise: standard normal, (chains, tasks, phi_size).
+            limit: largest gradient in z that is believed, per entry; chains far from their task's
+                mode, in units that were taken elsewhere, would leap over it.
+        """
+        chosen = self._choose(noise.shape[0])
+        bound = torch.full((), limit, dtype=noise.dtype, device=noise.device)
+        moved: State = tuple(self.staged(theta, list(state), scale, noise, bound, *chosen))
+        return moved
+
+    def _moved(
+        self,
+        theta: Theta,
+        state: list[Tensor],
+        scale: Tensor,
+        noise: Tensor,
+        limit: Tensor,
+        *chosen: Tensor,
+    ) -> list[Tensor]:
+        phi = state[0].detach().requires_grad_()
+        with torch.enable_grad():
+            if self.rows is None:
+                values = torch.vmap(lambda p: log_joint(self.problem, theta, p, self.batch))(phi)
+            else:
+                values = torch.vmap(lambda p, *rows: self._estimate(theta, p, *rows))(phi, *chosen)
+            (gradient,) = torch.autograd.grad(values.sum(), phi)
+        gradient = torch.minimum(torch.maximum(scale * gradient, -limit), limit)
+        return [value.detach() for value in self.move(tuple(state), gradient, noise, scale)]
+
+    # -- mini-batches -----------------------------------------------------------------------------
+
+    def _choose(self, chains: int) -> tuple[Tensor, ...]:
+        """Positions of the rows (chains, tasks, b) that each chain sees, without replacement."""
+        if self._order is None or self.rows is None:
+            return ()
+        first, count = self._order
+        width = int(count.max())
+        key = torch.rand((chains, len(count), width), generator=self.generator)
+        key = torch.where(torch.arange(width) < count[:, None], key, 2.0)
+        rank = key.argsort(-1)[..., : self.rows]
+        # A task with fewer rows than b has all of them; what is too much repeats its first, masked.
+        inside = torch.arange(self.rows) < count[:, None]
+        position = first[:, None] + torch.where(inside, rank, torch.zeros_like(rank))
+        # Behind the last row there is none for a task without rows to repeat.
+        return (position.clamp_max(self.batch.weight.numel() - 1).to(self.batch.x.device),)
+
+    def _estimate(self, theta: Theta, phi: Tensor, position: Tensor) -> Tensor:
+        """(tasks,) f_i on the rows at `position` (tasks, b)."""
+        part = self._part(position)
+        likelihood, local, _ = self.problem.terms(theta, phi, part)
+        # Factors of the program (pyro.factor) are no rows, and count once.
+        factor = self.problem.log_likelihood(theta, phi, part.where(torch.zeros_like(part.mask)))
+        share = self.batch.counts / part.counts.clamp_min(1.0)
+        return share * (likelihood - factor) + factor + local
+
+    def _part(self, position: Tensor) -> Batch:
+        batch, b = self.batch, position.shape[-1]
+        assert self._order is not None
+        assert batch.y is not None
+        counts = self._order[1].to(position.device)
+        weight = (torch.arange(b, device=position.device) < counts[:, None]).to(batch.weight)
+        if batch.task is None:
+            cells = (batch.x.shape[0] * batch.x.shape[1],)
+            x, y = (t.reshape(*cells, *t.shape[2:])[position] for t in (batch.x, batch.y))
+            return self.problem.given(
+                replace(batch, x=x, y=y, weight=weight, context=None), self.batch
+            )
+        flat = position.reshape(-1)
+        task = torch.arange(batch.n_tasks, device=position.device).repeat_interleave(b)
+        return replace(
+            batch, x=batch.x[flat], y=batch.y[flat], weight=weight.reshape(-1), task=task
+        )
+
+
+def _rows_by_task(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Position of each task's first row among the cells, and its number of rows, on the CPU.
+
+    Rows of a task stand together, those that count first (`Tasks`).
+    """
+    counts = batch.counts.round().long().cpu()
+    if batch.task is None:
+        return torch.arange(batch.n_tasks) * batch.weight.shape[1], counts
+    return counts.cumsum(0) - counts, counts
