@@ -1,0 +1,254 @@
+"""Approximations of stored posteriors: distance to the reference, and what they cost.
+
+For every coordinate of φ (all tasks, computed sites included) with mean m and sd s,
+
+    d = (m − m_ref) / s_ref,   r = s / s_ref,   W2² = d² + (1 − r)²
+
+the last being the squared distance of Wasserstein between N(m, s²) and the reference's, in its sds.
+Shown are the median and the largest |d|, the median r, and the root mean square of W2. A strategy
+that holds θ at a point is judged against p(φ | y) with θ integrated out, as a person would use it.
+Moments that need draws take 4,000 of them, so that distances below 0.02 are noise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import agreement
+from benchmarks.posterior_programs import CASES, Case, Moments
+from hbmeta import inference
+from hbmeta.errors import HbmetaError, UnsupportedModelError
+from hbmeta.files import write_text
+from hbmeta.fitted import Fitted
+from hbmeta.inference import Strategy
+from hbmeta.problem import Problem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from benchmarks.posteriors import Sampled
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "results" / "posteriors" / "approximations"
+FIGURE = ROOT / "docs" / "images" / "time_against_distance.png"
+SEED = 0
+STEPS = 2000
+QUICK_STEPS = 200
+
+# What differs from the defaults, by the name in inference.__all__. Strategies that are not there
+# are left out; those that are there and not here run with their defaults.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "MAML": {"steps": 5, "step_size": 0.05},
+    "FOMAML": {"steps": 5, "step_size": 0.05},
+    "Reptile": {"steps": 5, "step_size": 0.05},
+    "ANIL": {"steps": 5, "step_size": 0.05},
+    "MetaSGD": {"steps": 5},
+}
+NOT_APPROXIMATIONS = ("NUTS", "Strategy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A strategy on a program. Without `distances` it was refused or failed: `why`."""
+
+    program: str
+    strategy: str
+    why: str = ""
+    shift_median: float = float("nan")
+    shift_worst: float = float("nan")
+    ratio_median: float = float("nan")
+    wasserstein: float = float("nan")
+    seconds_fit: float = float("nan")
+    seconds_adapt: float = float("nan")
+
+    @property
+    def ran(self) -> bool:
+        """Whether there is a distance."""
+        return not self.why
+
+
+def strategies(names: Sequence[str] | None = None) -> dict[str, Strategy]:
+    """Those of hbmeta.inference that approximate p(φ | S), with the settings above."""
+    found = {}
+    for name in inference.__all__:
+        kind = getattr(inference, name)
+        if name in NOT_APPROXIMATIONS or not (
+            isinstance(kind, type) and issubclass(kind, Strategy)
+        ):
+            continue
+        if names is None or name in names:
+            found[name] = kind(**SETTINGS.get(name, {}))
+    return found
+
+
+def moments_by_name(fitted: Fitted) -> dict[str, Moments]:
+    """Mean and sd of every coordinate of φ, named as the draws of NUTS are."""
+    out = {}
+    for name, (mean, sd) in fitted.posterior.moments().items():
+        columns = zip(mean.flatten().tolist(), sd.flatten().tolist(), strict=True)
+        names = agreement.labels(name, mean.numel())
+        out |= {k: Moments(m, s) for k, (m, s) in zip(names, columns, strict=True)}
+    return out
+
+
+def distance(found: Mapping[str, Moments], reference: Mapping[str, Moments]) -> dict[str, float]:
+    """The four numbers, over the coordinates that both have and whose reference varies."""
+    shared = [name for name in found if name in reference and reference[name].sd > 0]
+    mean, sd = (np.array([getattr(found[n], k) for n in shared]) for k in ("mean", "sd"))
+    mean_ref, sd_ref = (
+        np.array([getattr(reference[n], k) for n in shared]) for k in ("mean", "sd")
+    )
+    d, r = np.abs(mean - mean_ref) / sd_ref, sd / sd_ref
+    return {
+        "shift_median": float(np.median(d)),
+        "shift_worst": float(d.max()),
+        "ratio_median": float(np.median(r)),
+        "wasserstein": float(np.sqrt(np.mean(d**2 + (1 - r) ** 2))),
+    }
+
+
+def reference_of(case: Case, sampled: Sampled, folder: Path) -> dict[str, Moments]:
+    """NUTS's moments, and what is stored in their place: quadrature, else draws, else a table."""
+    out = dict(sampled.moments)
+    for reference in reversed(case.references(folder)):
+        out |= reference.moments
+    return out
+
+
+def fit(
+    name: str, strategy: Strategy, case: Case, reference: Mapping[str, Moments], folder: Path,
+    steps: int,
+) -> Result:  # fmt: skip
+    """One strategy on one program: seconds of the fit and of adapting to all its tasks again."""
+    tasks = case.tasks(folder)
+    try:
+        fitted = strategy.fit(case.program, tasks, steps=steps, seed=SEED, progress=False)
+        found = distance(moments_by_name(fitted), reference)
+        start = time.perf_counter()
+        fitted.adapt(tasks)
+        seconds = time.perf_counter() - start
+    except UnsupportedModelError as error:
+        return Result(case.name, name, f"refused: needed {error.needed}; found {error.found}")
+    except HbmetaError as error:
+        return Result(case.name, name, f"failed: {error}")
+    except Exception as error:  # a bug, to be seen in the table, and not the end of a long run
+        return Result(case.name, name, f"crashed: {type(error).__name__}: {error}")
+    return Result(case.name, name, seconds_fit=fitted.seconds.fit, seconds_adapt=seconds, **found)
+
+
+def of_nuts(case: Case, sampled: Sampled, folder: Path) -> Result | None:
+    """NUTS's own distance to what is stored about φ, where anything is."""
+    stored: dict[str, Moments] = {}
+    for reference in reversed(case.references(folder)):
+        stored |= reference.moments
+    local = {site for name in _local_names(case, folder) for site in stored if _stem(site) == name}
+    if not local:
+        return None
+    found = distance({name: sampled.moments[name] for name in local}, stored)
+    seconds = sampled.seconds_sampling + sampled.seconds_compiling
+    return Result(case.name, "NUTS", seconds_fit=seconds, seconds_adapt=0.0, **found)
+
+
+def _local_names(case: Case, folder: Path) -> list[str]:
+    sites = Problem(case.program, case.tasks(folder)).sites
+    return [site.name for site in (*sites.locals, *sites.deterministic_local)]
+
+
+def _stem(label: str) -> str:
+    return label.split("[")[0]
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line per program and strategy; what was refused comes after it."""
+    lines = [
+        "| program | strategy | shift, median (sd) | worst | sd ratio | W2 (sd) | fit (s) "
+        "| adapt (s) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.program} | {r.strategy} | {r.shift_median:.3f} | {r.shift_worst:.2f} "
+        f"| {r.ratio_median:.2f} | {r.wasserstein:.3f} | {r.seconds_fit:.1f} "
+        f"| {r.seconds_adapt:.3f} |"
+        for r in results
+        if r.ran
+    ]
+    return "\n".join(lines)
+
+
+def left_out(results: Sequence[Result]) -> str:
+    """Refusals and failures, those of one text together."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for r in results:
+        if not r.ran:
+            reasons.setdefault((r.strategy, r.why), []).append(r.program)
+    return "\n".join(
+        f"- {strategy} on {', '.join(programs)}: {why}"
+        for (strategy, why), programs in reasons.items()
+    )
+
+
+def kept(program: str, strategy: str) -> Path:
+    """Where a result is kept."""
+    return KEPT / f"{program.replace('/', '-')}.{strategy}.json"
+
+
+def report(
+    sampled: Sequence[Sampled], folder: Path, *, names: Sequence[str] | None, mode: str
+) -> None:
+    """Fits, prints the tables, and draws the figure of all that was ever kept.
+
+    Args:
+        sampled: what NUTS gave, of the programs wanted.
+        folder: the shared data.
+        names: strategies; all by default.
+        mode: as in benchmarks/posteriors.py.
+    """
+    results: list[Result] = []
+    for reference in sampled:
+        case = CASES[reference.name]
+        moments = reference_of(case, reference, folder)
+        if names is None or "NUTS" in names:
+            truth = of_nuts(case, reference, folder)
+            if truth is not None:
+                keep(truth, mode)
+                results.append(truth)
+        for name, strategy in strategies(names).items():
+            path = kept(case.name, name)
+            if path.exists() and mode in ("resume", "kept"):
+                results.append(Result(**json.loads(path.read_text())))
+            elif mode != "kept":
+                steps = QUICK_STEPS if mode == "quick" else STEPS
+                result = fit(name, strategy, case, moments, folder, steps)
+                print(f"{case.name}, {name}: {result}", file=sys.stderr, flush=True)
+                keep(result, mode)
+                results.append(result)
+    print(f"# Approximations against stored posteriors\n\n{table(results)}\n\n{left_out(results)}")
+    ever = [Result(**json.loads(path.read_text())) for path in sorted(KEPT.glob("*.json"))]
+    if mode != "quick" and any(r.ran for r in ever):
+        FIGURE.parent.mkdir(parents=True, exist_ok=True)
+        figure([r for r in ever if r.ran]).savefig(FIGURE)
+
+
+def keep(result: Result, mode: str) -> None:
+    """Writes a result down, unless it is a quick one or a bug's."""
+    if mode != "quick" and not result.why.startswith("crashed"):
+        write_text(kept(result.program, result.strategy), json.dumps(asdict(result)))
+
+
+def figure(results: Sequence[Result]) -> Figure:
+    """Seconds to fit and adapt against distance, one mark per strategy and program."""
+    from benchmarks.distance_figure import time_against_distance
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for r in results:
+        place = (r.seconds_fit + r.seconds_adapt, max(r.wasserstein, 1e-3))
+        points.setdefault(r.strategy, []).append(place)
+    return time_against_distance(points)
