@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from hbmeta import __version__
-from hbmeta.densities import Delta, Empirical, Gaussian
+from hbmeta.densities import Density
 from hbmeta.errors import DataError, FileError, HbmetaError, UnsupportedModelError
+from hbmeta.families import Flow, LowRank
 from hbmeta.files import write_tensors
 from hbmeta.models import HierarchicalModel
 from hbmeta.models.responses import check_like_fit
 from hbmeta.posterior import TaskPosterior, Units
 from hbmeta.problem import Problem
 from hbmeta.program import Program, Theta
+from hbmeta.structured import DENSITIES
 from hbmeta.tasks import Schema, Tasks, TaskSet
 from hbmeta.tasks.checks import check_seed
 
@@ -67,7 +69,7 @@ class Fitted:
     drawn: bool
     own: nn.Module | None
     tasks: Tasks
-    density: Delta | Gaussian | Empirical | None
+    density: Density | None
     history: tuple[float, ...]
     info: dict[str, Any]
     schema: Schema | None
@@ -374,7 +376,7 @@ def fitted_from_file(
         own = strategy.parameters(problem, tasks, header["seed"])
         if own is not None:
             own.load_state_dict(group("own/"))
-        kinds = {"Delta": Delta, "Gaussian": Gaussian, "Empirical": Empirical}
+        kinds: dict[str, Any] = {k.__name__: k for k in (*DENSITIES, LowRank, Flow)}
         density = (
             None if header["density"] is None else kinds[header["density"]](**group("density/"))
         )

@@ -28,24 +28,33 @@ from hbmeta.errors import (
     UnsupportedModelError,
 )
 from hbmeta.files import read_tensors, write_tensors
+from hbmeta.importance import importance
 from hbmeta.inference import (
+    ABML,
     ANIL,
+    BMAML,
     FOMAML,
     MAML,
     NUTS,
+    PLATIPUS,
+    SGHMC,
+    SGLD,
     AmortizedGuide,
     ExactGP,
     ExactLinear,
     ImplicitMAML,
+    Laplace,
     LatentNP,
     MetaSGD,
     NoPooling,
     ProtoNet,
     Quadrature,
     Reptile,
+    Variational,
 )
 from hbmeta.loading import strategy_from_settings
 from hbmeta.oracles import bayes_sinusoid, known_kernel
+from hbmeta.standard_errors import standard_errors
 from tests import cases, fits
 
 # Data
@@ -586,6 +595,51 @@ FUNCTIONS = [
         error=UnsupportedModelError,
     ),
     kind(
+        "class means without a prior, variational",
+        "a flat one of 'means'",
+        lambda _: Variational().fit(classes(), labelled()),
+        "prior_scale",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a full covariance of a network",
+        "121",
+        lambda _: Variational(family="full").fit(
+            models.NeuralRegression(hidden=(40,)), fits.task_set()
+        ),
+        "family='low_rank'",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a rank that is no lower",
+        "rank 1 with 1",
+        lambda _: Variational(family="low_rank", rank=1).fit(fits.model(), fits.task_set()),
+        "family='full'",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a distribution of no theta",
+        "none in",
+        lambda _: Variational(theta="distribution").fit(
+            cases.case("linear_own_nested").program, cases.case("linear_own_nested").tasks
+        ),
+        "theta='point'",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "more tasks in a step than there are",
+        "99",
+        lambda _: Variational().fit(fits.model(), fits.task_set(), tasks_per_step=99),
+        "tasks_per_step between 1 and 6",
+    ),
+    kind(
+        "to refine what no network amortizes",
+        "one of MAML",
+        lambda _: Variational().refine(fits.fitted("MAML")),
+        "AmortizedGuide",
+        error=UnsupportedModelError,
+    ),
+    kind(
         "an embedding that a likelihood would shrink",
         "'embedding'",
         lambda _: NoPooling().fit(models.ClassConditional((2,), 3, prior_scale=1.0), labelled()),
@@ -693,6 +747,43 @@ STRATEGIES = [
     kind("no draws", "'draws': 0", lambda _: NUTS(draws=0)),
     kind("a number as text", "'target_accept': '0.9'", lambda _: NUTS(target_accept="0.9")),
     kind(
+        "a parametrisation by another name",
+        "'centred'",
+        lambda _: NUTS(parametrisation="centred"),
+        "'non-centered'",
+    ),
+    kind(
+        "centering what has its noise as a site",
+        "z ~ Normal",
+        lambda _: NUTS(parametrisation="centered").fit(
+            cases.eight_schools, cases.case("eight_schools").tasks
+        ),
+        '"as written"',
+        error=UnsupportedModelError,
+    ),
+    kind("a step of no size", "'step_size': 0", lambda _: SGLD(step_size=0), "above 0"),
+    kind("mini-batches of no rows", "'rows': 0", lambda _: SGLD(rows=0), "1 or more"),
+    kind("friction that stops", "friction=9.0", lambda _: SGHMC(friction=9.0), "at most 1"),
+    kind(
+        "chains of tasks that do not stay",
+        "tasks_per_step",
+        lambda _: SGLD().fit(fits.model(), fits.task_set(), tasks_per_step=2),
+        "the same tasks at every step",
+    ),
+    kind(
+        "importance sampling from a point",
+        "a point (Delta)",
+        lambda _: importance(fits.adapted("MAML")),
+        "Laplace.soften",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "importance sampling with few draws",
+        "10",
+        lambda _: importance(fits.adapted("AmortizedGuide"), draws=10),
+        "100 or more",
+    ),
+    kind(
         "a number of draws as text",
         "draws='1000'",
         lambda _: fits.adapted("ExactLinear").predict(fits.new_tasks(), draws="1000"),
@@ -703,6 +794,15 @@ STRATEGIES = [
         lambda _: hb.compare({"exact": fits.fitted("ExactLinear")}, fits.task_set(), draws="1000"),
     ),
     kind("an encoder of no width", "hidden=0", lambda _: AmortizedGuide(hidden=0)),
+    kind("a family of no densities", "family='normal'", lambda _: Variational(family="normal")),
+    kind("an order below zero", "alpha=-1.0", lambda _: Variational(alpha=-1.0)),
+    kind("no draws of a bound", "draws=0", lambda _: Variational(draws=0)),
+    kind(
+        "a joint flow",
+        "family='flow'",
+        lambda _: Variational(family="flow", theta="distribution"),
+        "NUTS",
+    ),
     kind("an objective by another name", "'elbo'", lambda _: LatentNP(objective="elbo")),
     kind("a decoder without layers", "()", lambda _: models.LatentProcess(hidden=())),
 ]
@@ -1003,7 +1103,65 @@ FILES = [
     ),
 ]
 
-KINDS = [*DATA, *FRAMES, *PROGRAMS, *FUNCTIONS, *STRATEGIES, *LENS, *USE, *FILES]
+LAPLACE = [
+    kind("a curvature by another name", "'hessian'", lambda _: Laplace("hessian"), "'ggn'"),
+    kind("damping below zero", "-1.0", lambda _: Laplace(damping=-1.0), "None"),
+    kind(
+        "a dense curvature of a network",
+        "97",
+        lambda _: Laplace().fit(cases.case("neural_regression").program, fits.new_tasks()),
+        '"kronecker"',
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "softening what has a spread",
+        "Gaussian",
+        lambda _: Laplace.soften(fits.fitted("AmortizedGuide")),
+        "one point per task",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "standard errors of a θ that maximises no evidence",
+        "MAML",
+        lambda _: standard_errors(fits.fitted("MAML")),
+        "ExactLinear",
+        error=UnsupportedModelError,
+    ),
+]
+
+BAYESIAN_MAML = [
+    kind("inner steps as text", "steps='5'", lambda _: ABML(steps="5"), "whole number"),
+    kind("an infinite inner step", "step_size=inf", lambda _: BMAML(step_size=float("inf"))),
+    kind("an inner momentum of 1", "momentum=1", lambda _: PLATIPUS(momentum=1), "below 1"),
+    kind("no draws of q", "draws=0", lambda _: ABML(draws=0), "1 or more"),
+    kind("a bound by another name", "'ELBO'", lambda _: ABML(objective="ELBO"), "'elbo'"),
+    kind("no particles", "particles=0", lambda _: BMAML(particles=0), "1 or more"),
+    kind("a leader that stays", "leader_steps=0", lambda _: BMAML(leader_steps=0)),
+    kind("a start of no spread", "spread=0.0", lambda _: PLATIPUS(spread=0.0), "above 0"),
+    kind("a shift uphill", "prior_step=-0.1", lambda _: PLATIPUS(prior_step=-0.1), "at least 0"),
+    kind(
+        "a flat prior of a variational start",
+        "is flat",
+        lambda _: ABML().fit(
+            models.ClassConditional(None, 3), cases.case("class_conditional").tasks
+        ),
+        "curves downwards",
+        error=UnsupportedModelError,
+    ),
+]
+
+KINDS = [
+    *DATA,
+    *FRAMES,
+    *PROGRAMS,
+    *FUNCTIONS,
+    *STRATEGIES,
+    *LENS,
+    *USE,
+    *FILES,
+    *LAPLACE,
+    *BAYESIAN_MAML,
+]
 
 
 @pytest.mark.parametrize(("error", "found", "names", "call"), KINDS)
