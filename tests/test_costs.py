@@ -45,7 +45,7 @@ QUICK = {"compile": False, "rounds": 1, "steps": 40, "tasks_per_step": 4}
     ],
 )  # fmt: skip
 def test_the_formula(steps, c, ratio):
-    """REFERENCE §1.3: c is a convention, 3 at most for c = 2."""
+    """c is a convention; the ratio is below 3 for c = 2."""
     assert cost_ratio(steps, c) == pytest.approx(ratio, rel=1e-8)
 
 
