@@ -37,7 +37,7 @@ from hbmeta.triangular import covariance_factor
 
 _FULL_AT_MOST = 64
 
-__all__ = ["AmortizedGuide", "flat_site"]
+__all__ = ["AmortizedGuide", "require_proper_prior"]
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,7 @@ class AmortizedGuide(Strategy):
 
     def check(self, problem: Problem) -> None:
         """A task prior that is a density: the bound has no value under a flat one."""
-        flat = flat_site(problem)
-        if flat is not None:
-            raise UnsupportedModelError(
-                self.name,
-                needed="a proper task prior of every local site",
-                found=f"a flat one of {flat!r}",
-                do="Give it one: prior_scale of models.ClassConditional, a Normal in a program of "
-                "your own.",
-            )
+        require_proper_prior(problem, self.name)
 
     def _full(self, problem: Problem) -> bool:
         size = problem.sites.phi_size
@@ -213,7 +205,24 @@ def _diagonal_scale(log_prior: Any, start: Tensor) -> Tensor:
     return torch.where(row < -1e-12, (-row).clamp_min(1e-12), torch.ones_like(row)).rsqrt()
 
 
-def flat_site(problem: Problem) -> str | None:
+def require_proper_prior(problem: Problem, where: str) -> None:
+    """Raises where some entry of φ has a flat prior, under which a bound has no value.
+
+    Raises:
+        UnsupportedModelError: names the site.
+    """
+    flat = _flat_site(problem)
+    if flat is not None:
+        raise UnsupportedModelError(
+            where,
+            needed="a proper task prior of every local site",
+            found=f"a flat one of {flat!r}",
+            do="Give it one: prior_scale of models.ClassConditional, a Normal in a program of "
+            "your own.",
+        )
+
+
+def _flat_site(problem: Problem) -> str | None:
     """A local site whose log prior is linear in some entry of φ, in unconstrained space.
 
     No density is: it has to fall on both sides. Its gradient is the same everywhere, whereas that

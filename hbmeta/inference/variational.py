@@ -27,7 +27,7 @@ from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.families import Diagonal, Family, FlowFamily, Frame, FullRank, LowRankFamily
 from hbmeta.feeding import training_tasks
 from hbmeta.fitted import Fitted
-from hbmeta.inference.amortized_guide import AmortizedGuide, flat_site
+from hbmeta.inference.amortized_guide import AmortizedGuide, require_proper_prior
 from hbmeta.inference.strategy import Strategy
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
@@ -170,15 +170,7 @@ class Variational(Strategy):
 
     def check(self, problem: Problem) -> None:
         """A task prior that is a density, and a family that φ is neither too long nor short for."""
-        flat = flat_site(problem)
-        if flat is not None:
-            raise UnsupportedModelError(
-                self.name,
-                needed="a proper task prior of every local site",
-                found=f"a flat one of {flat!r}",
-                do="Give it one: prior_scale of models.ClassConditional, a Normal in a program of "
-                "your own.",
-            )
+        require_proper_prior(problem, self.name)
         size = problem.sites.phi_size
         if self.family in ("full", "flow") and size > _DENSE_AT_MOST:
             raise UnsupportedModelError(
