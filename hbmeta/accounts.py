@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hbmeta.errors import FileError
-from hbmeta.files import write_text
-from hbmeta.rows import strict, unknown_name
+from hbmeta.rows import as_json, unknown_name
 from hbmeta.tables import aligned
 
 if TYPE_CHECKING:
@@ -227,10 +226,7 @@ class Ledger:
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """All numbers as strict JSON, which `from_json` reads; also into a file, atomically."""
         content = {"kind": "ledger", **asdict(self), "c": self.c}
-        text = json.dumps(strict(content), ensure_ascii=False, indent=1, allow_nan=False)
-        if path is not None:
-            write_text(path, text + "\n")
-        return text
+        return as_json(content, path)
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hbmeta import __version__
 from hbmeta.distances import MEAN_LIMIT, SD_LIMITS, SHARE_LIMIT, TASK_LIMIT, Distance
 from hbmeta.errors import FileError
-from hbmeta.files import write_text
-from hbmeta.rows import DISTANCES, LABELS, Row, Score, best_of, strict, unknown_name
+from hbmeta.rows import DISTANCES, LABELS, Row, Score, as_json, best_of, strict, unknown_name
 from hbmeta.tables import aligned, digits_for, plus_minus
 
 if TYPE_CHECKING:
@@ -246,10 +245,7 @@ class Comparison:
         NaN and infinite numbers are written as the texts "nan", "inf" and "-inf".
         """
         content = {"kind": "comparison", **asdict(self), "verdict": self.verdict()}
-        text = json.dumps(strict(content), ensure_ascii=False, indent=1, allow_nan=False)
-        if path is not None:
-            write_text(path, text + "\n")
-        return text
+        return as_json(content, path)
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:

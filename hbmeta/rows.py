@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hbmeta.distances import Distance
 from hbmeta.errors import DataError
+from hbmeta.files import write_text
 from hbmeta.models import HierarchicalModel
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ __all__ = [
     "ORACLE",
     "Row",
     "Score",
+    "as_json",
     "batch_norm_of",
     "best_of",
     "strict",
@@ -222,3 +226,11 @@ def strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [strict(item) for item in value]
     return value
+
+
+def as_json(content: Mapping[str, Any], path: str | os.PathLike[str] | None) -> str:
+    """A record as strict JSON; also into a file, atomically, where a path is given."""
+    text = json.dumps(strict(content), ensure_ascii=False, indent=1, allow_nan=False)
+    if path is not None:
+        write_text(path, text + "\n")
+    return text

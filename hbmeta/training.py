@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +41,9 @@ __all__ = [
     "Setup",
     "mean_over_queries",
     "prior_scales",
+    "shares",
     "show_progress",
+    "standard_normal",
     "train",
 ]
 
@@ -81,6 +84,16 @@ class Learned:
 def show_progress(progress: bool | None) -> bool:
     """Whether to draw a progress bar: as asked, else where standard error is a terminal."""
     return sys.stderr.isatty() if progress is None else progress
+
+
+def standard_normal(
+    shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator, like: Tensor
+) -> dict[str, Tensor]:
+    """Draws of these shapes, the same numbers in every dtype and on every device."""
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+        for name, shape in shapes.items()
+    }
 
 
 def prior_scales(problem: Problem, theta: Theta, batch: Batch) -> Theta:
@@ -154,11 +167,7 @@ class Setup:
 
     def noise(self) -> dict[str, Tensor]:
         """The next random numbers that the loss takes."""
-        like = self.first[0].x
-        return {
-            k: torch.randn(s, generator=self.generator, dtype=torch.float64).to(like)
-            for k, s in self._shapes.items()
-        }
+        return standard_normal(self._shapes, self.generator, self.first[0].x)
 
     def gradient(self, pieces: MetaGradient | None, steps: int) -> Whole | Pieces:
         """Value and gradient of the objective, staged for so many steps."""
@@ -195,7 +204,7 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
         done = checkpoint.resume(moving.free, optimizer, setup.generator)
     pieces = strategy.meta_gradient(problem, setup.own, options)
     gradient = setup.gradient(pieces, options.steps - len(done))
-    rates = _rates(options)
+    rates = shares(options)
     course = Course(
         strategy.name, rates, done, moving.scaled, progress=show_progress(options.progress)
     )
@@ -238,7 +247,7 @@ def _adam(moving: Moving, options: Options) -> torch.optim.Adam:
     return torch.optim.Adam([g for g in groups if g["params"]], fused=fused, foreach=not fused)
 
 
-def _rates(options: Options) -> Tensor:
+def shares(options: Options) -> Tensor:
     """(steps,) the share of the learning rates that each step is taken with."""
     number = torch.arange(options.steps, dtype=torch.float64)
     if not options.decay:

@@ -68,7 +68,7 @@ class NUTS(Strategy):
         processes: chains that run at a time; the number of cores by default.
         parametrisation: what the chains move in at local sites φ = m + s ε of a location-scale
             family whose m or s depends on θ: φ ("centered"), ε ("non-centered"), or the better of
-            the two, per site and task, by a short pilot ("auto"). "as written" moves the program's
+            the two, per site, by a short pilot ("auto"). "as written" moves the program's
             own sites. Draws are always of φ; `info["parametrisation"]` says what was used.
     References:
         Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: Vehtari et al. (2021), by

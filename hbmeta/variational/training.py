@@ -7,8 +7,7 @@ moves θ and the λ of its own tasks alone, whose moments and number of steps st
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from hbmeta.feeding import taken
 from hbmeta.movement import Moving
 from hbmeta.program import Batch
 from hbmeta.staging import Staged, Tier
-from hbmeta.training import Options, show_progress
+from hbmeta.training import Options, shares, show_progress, standard_normal
 from hbmeta.variational.search import Guide
 
 _MEAN, _SQUARE, TINY = 0.9, 0.999, 1e-8
@@ -137,17 +136,25 @@ def train_guide(
     )
     optimisers = [_Adam(shared[k], rates[k], TINY, rows=False) for k in names]
     own = _Adam(rows, row_rate, row_floor, rows=True)
-    shares = _shares(options)
-    noise_of = _noise(guide.noise_shapes(each), options.seed, batch.x)
-    course = Course(name, shares, torch.zeros(0), watched, progress=show_progress(options.progress))
-    for number, share in enumerate(shares.tolist()):
+    rates_of_steps = shares(options)
+    shapes = guide.noise_shapes(each)
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    course = Course(
+        name, rates_of_steps, torch.zeros(0), watched, progress=show_progress(options.progress)
+    )
+    for number, share in enumerate(rates_of_steps.tolist()):
         chosen = _chosen(number, options, n_tasks, each)
         part, some, at = batch, frame, chosen
         if chosen is not None:
             at = chosen.to(batch.x.device)
             part, some = taken(batch, at), frame.select(at)
         loss, gradients = staged(
-            shared, rows if at is None else rows[at], some.loc, some.scale, part, noise_of()
+            shared,
+            rows if at is None else rows[at],
+            some.loc,
+            some.scale,
+            part,
+            standard_normal(shapes, generator, batch.x),
         )
         for optimiser, gradient in zip(optimisers, gradients[:-1], strict=True):
             optimiser.step(gradient, share, None)
@@ -197,25 +204,3 @@ def _chosen(number: int, options: Options, n_tasks: int, each: int) -> Tensor | 
     generator = torch.Generator().manual_seed((options.seed * 1_000_003 + turn) % (2**63))
     order = torch.randperm(n_tasks, generator=generator)
     return order[position * each : (position + 1) * each]
-
-
-def _noise(
-    shapes: Mapping[str, tuple[int, ...]], seed: int, like: Tensor
-) -> Callable[[], dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed + 1)
-
-    def draw() -> dict[str, Tensor]:
-        return {
-            name: torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
-            for name, shape in shapes.items()
-        }
-
-    return draw
-
-
-def _shares(options: Options) -> Tensor:
-    """(steps,) the share of the learning rates that each step is taken with."""
-    number = torch.arange(options.steps, dtype=torch.float64)
-    if not options.decay:
-        return torch.ones_like(number)
-    return 0.5 * (1 + torch.cos(math.pi * number / options.steps))
