@@ -134,7 +134,6 @@ def sample(
             warmup=1000,
             target_accept=case.target_accept,
             processes=processes,
-            parametrisation=case.parametrisation,
         )
         fitted = strategy.fit(case.program, tasks, seed=seed, progress=False)
         compiling = fitted.seconds.staging if compiling is None else compiling

@@ -4,6 +4,7 @@ Formulas are written another way than in the package where there is one: posteri
 conditioning the joint Gaussian of (φ, y), iterates by matrix powers, evidence by the dense density.
 """
 
+import arviz
 import numpy as np
 from scipy import integrate, optimize, stats
 
@@ -155,3 +156,15 @@ def kernel_matrix(kernel, x, z, *, lengthscale, period=1.0, **_):
         "periodic": lambda d: np.exp(-2 * np.sin(np.pi * d / period) ** 2 / lengthscale),
     }
     return np.array([[formulas[kernel](abs(a - b)) for b in z] for a in x]).reshape(len(x), len(z))
+
+
+def monte_carlo_error(chains, kind):
+    """Standard error of the mean or the sd of (chains, draws, ...) draws.
+
+    sd = √m₂, so that its error is that of m₂ over 2 sd. (ArviZ 0.23 has it as method="sd", which
+    fails where Numba is installed and NumPy is 2.4 or newer.)
+    """
+    if kind == "sd":
+        error = monte_carlo_error((chains - chains.mean((0, 1))) ** 2, "mean")
+        return error / (2 * chains.std((0, 1)))
+    return arviz.mcse(arviz.convert_to_dataset(chains), method="mean")["x"].values

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.programs import read_zip
-from hbmeta.parametrisation import Choice
 from hbmeta.tasks import Tasks
 
 Draws = dict[str, npt.NDArray[np.float64]]
@@ -61,7 +60,6 @@ class Case:
         log: parameters with a heavy tail, judged on the log scale where draws are stored.
         ess: bulk effective draws to reach for every parameter.
         target_accept: of NUTS.
-        parametrisation: of NUTS.
         note: what differs from the stored definition, and why that does not matter.
     """
 
@@ -72,7 +70,6 @@ class Case:
     log: tuple[str, ...] = ()
     ess: int = 4000
     target_accept: float = 0.8
-    parametrisation: Choice = "auto"
     note: str = ""
 
 
@@ -133,12 +130,14 @@ def stored_draws(name: str, log: Sequence[str] = ()) -> Callable[[Path], tuple[R
 
 def moments_of_chains(draws: npt.NDArray[np.float64]) -> Moments:
     """Of (chains, draws)."""
-    return Moments(
-        float(draws.mean()),
-        float(draws.std()),
-        float(arviz.mcse(draws, method="mean")),
-        float(arviz.mcse(draws, method="sd")),
-    )
+    mean, sd = float(draws.mean()), float(draws.std())
+    # sd = √m₂, so that its error is that of m₂ over 2 sd.
+    return Moments(mean, sd, _error(draws), _error((draws - mean) ** 2) / (2 * sd))
+
+
+def _error(draws: npt.NDArray[np.float64]) -> float:
+    """Monte Carlo standard error of the mean."""
+    return float(arviz.mcse(arviz.convert_to_dataset(draws), method="mean")["x"])
 
 
 def computed(name: str) -> Callable[[Path], tuple[Reference, ...]]:

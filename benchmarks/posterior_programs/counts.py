@@ -125,8 +125,6 @@ def dogs_tasks(folder: Path) -> Tasks:
     return one_task({"shocks": shocks.flatten(), "avoided": avoided.flatten()}, y.flatten())
 
 
-# The spread of the plates of seeds may be almost 0: left to itself NUTS moved in b for 5 of the 21,
-# with 580 divergences in 200,000 draws.
 CASES = (
     Case(
         "seeds_data-seeds_model",
@@ -134,7 +132,6 @@ CASES = (
         seeds_tasks,
         bugs("seeds"),
         target_accept=0.95,
-        parametrisation="non-centered",
     ),
     Case(
         "seeds_data-seeds_centered_model",

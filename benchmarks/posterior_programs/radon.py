@@ -215,15 +215,12 @@ def _from_one(name: str) -> str:
 HIERARCHICAL = computed("radon_mn-radon_hierarchical_intercept")
 PARTIAL = computed("radon_mn-radon_partially_pooled")
 
-# Where the spread of the counties may be almost 0, and left to itself NUTS moved in α for the five
-# largest counties (in β for the two largest): 3,978 divergences in 400,000 draws, 174 in 28,000.
 CASES = (
     Case(
         "radon_mn-radon_hierarchical_intercept_centered",
         hierarchical_centered,
         minnesota,
         HIERARCHICAL,
-        parametrisation="non-centered",
     ),
     Case(
         "radon_mn-radon_hierarchical_intercept_noncentered",
@@ -243,7 +240,6 @@ CASES = (
         "radon_mn-radon_variable_slope_centered",
         variable_slope,
         minnesota_floor,
-        parametrisation="non-centered",
     ),
     Case("radon_mn-radon_variable_intercept_slope_centered", variable_both, minnesota_floor),
     Case("radon_mn-radon_pooled", pooled, minnesota_pooled, note="no groups: one task"),
@@ -257,6 +253,5 @@ CASES = (
         contextual,
         contextual_tasks,
         contextual_references,
-        parametrisation="non-centered",
     ),
 )
