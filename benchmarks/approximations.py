@@ -27,9 +27,10 @@ from benchmarks.posterior_programs import CASES, Case, Moments
 from hbmeta import inference
 from hbmeta.errors import HbmetaError, UnsupportedModelError
 from hbmeta.files import write_text
-from hbmeta.fitted import Fitted
 from hbmeta.inference import Strategy
+from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
+from hbmeta.tasks import Episode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,6 +47,8 @@ QUICK_STEPS = 200
 # What differs from the defaults, by the name in inference.__all__. Strategies that are not there
 # are left out; those that are there and not here run with their defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "ExactLinear": {"prior": True},
+    "Quadrature": {"prior": True},
     "MAML": {"steps": 5, "step_size": 0.05},
     "FOMAML": {"steps": 5, "step_size": 0.05},
     "Reptile": {"steps": 5, "step_size": 0.05},
@@ -89,10 +92,10 @@ def strategies(names: Sequence[str] | None = None) -> dict[str, Strategy]:
     return found
 
 
-def moments_by_name(fitted: Fitted) -> dict[str, Moments]:
+def moments_by_name(posterior: TaskPosterior) -> dict[str, Moments]:
     """Mean and sd of every coordinate of φ, named as the draws of NUTS are."""
     out = {}
-    for name, (mean, sd) in fitted.posterior.moments().items():
+    for name, (mean, sd) in posterior.moments().items():
         columns = zip(mean.flatten().tolist(), sd.flatten().tolist(), strict=True)
         names = agreement.labels(name, mean.numel())
         out |= {k: Moments(m, s) for k, (m, s) in zip(names, columns, strict=True)}
@@ -129,12 +132,15 @@ def fit(
 ) -> Result:  # fmt: skip
     """One strategy on one program: seconds of the fit and of adapting to all its tasks again."""
     tasks = case.tasks(folder)
+    # One row a task leaves none to hold back: a loss on a query then takes the support's own rows.
+    single = strategy.needs == "split" and int(tasks.counts.max()) < 2
+    data = Episode(tasks, tasks) if single else tasks
     try:
-        fitted = strategy.fit(case.program, tasks, steps=steps, seed=SEED, progress=False)
-        found = distance(moments_by_name(fitted), reference)
+        fitted = strategy.fit(case.program, data, steps=steps, seed=SEED, progress=False)
         start = time.perf_counter()
-        fitted.adapt(tasks)
+        adapted = fitted.adapt(tasks)
         seconds = time.perf_counter() - start
+        found = distance(moments_by_name(adapted if single else fitted.posterior), reference)
     except UnsupportedModelError as error:
         return Result(case.name, name, f"refused: needed {error.needed}; found {error.found}")
     except HbmetaError as error:
