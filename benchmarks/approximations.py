@@ -133,7 +133,8 @@ def fit(
     """One strategy on one program: seconds of the fit and of adapting to all its tasks again."""
     tasks = case.tasks(folder)
     # One row a task leaves none to hold back: a loss on a query then takes the support's own rows.
-    single = strategy.needs == "split" and int(tasks.counts.max()) < 2
+    trained = type(strategy).learn is Strategy.learn and strategy.needs == "split"
+    single = trained and int(tasks.counts.max()) < 2
     data = Episode(tasks, tasks) if single else tasks
     try:
         fitted = strategy.fit(case.program, data, steps=steps, seed=SEED, progress=False)
