@@ -19,8 +19,10 @@ from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.training import Learned, Options, prior_scales
 
-# A scale that fell this far below where it started, its prior's, is reported as zero.
+# A scale is reported as zero where it fell this far below where it started, its prior's, and a tenth
+# of it would change the evidence by less than so many nats: under a wide prior a small scale is one.
 _AT_ZERO = 1e-3
+_FLAT = 0.05
 _POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "LogNormal")
 
 # A slope of this many nats per row is no rounding.
@@ -56,8 +58,13 @@ def maximise_evidence(
     """
     start = problem.theta(batch)
     others = beside if beside is not None else _nothing
+
+    def total(at: Theta) -> float:
+        with torch.no_grad():
+            return float(evidence(at, *others(at)).sum())
+
     if not start:
-        return _learned(evidence, start, others, [], True, 0.0)
+        return _learned(start, total(start), [], True, 0.0)
     scales = prior_scales(problem, start, batch)
     names, sizes = list(start), [v.numel() for v in start.values()]
 
@@ -92,14 +99,15 @@ def maximise_evidence(
             "and y, or use float64.",
             stacklevel=4,
         )
-    at_zero = _at_zero(problem, theta, start)
+    value = total(theta)
+    at_zero = _at_zero(problem, theta, start, value, total)
     if at_zero:
         warnings.warn(
             f"{where}: the estimate of {', '.join(at_zero)} is zero: the data show no variation "
             f"there. NUTS{'' if prior else ', or prior=True,'} weighs how large it could still be.",
             stacklevel=4,
         )
-    return _learned(evidence, theta, others, at_zero, found.converged, found.seconds_staging)
+    return _learned(theta, value, at_zero, found.converged, found.seconds_staging)
 
 
 def _nothing(theta: Theta) -> Sequence[Tensor]:
@@ -107,24 +115,30 @@ def _nothing(theta: Theta) -> Sequence[Tensor]:
 
 
 def _learned(
-    evidence: Callable[..., Tensor],
-    theta: Theta,
-    beside: Callable[[Theta], Sequence[Tensor]],
-    at_zero: list[str],
-    converged: bool,
-    seconds: float,
+    theta: Theta, log_evidence: float, at_zero: list[str], converged: bool, seconds: float
 ) -> Learned:
-    with torch.no_grad():
-        total = float(evidence(theta, *beside(theta)).sum())
-    info = {"log_evidence": total, "at_zero": at_zero, "converged": converged}
+    info = {"log_evidence": log_evidence, "at_zero": at_zero, "converged": converged}
     return Learned(theta, info=info, seconds_staging=seconds)
 
 
-def _at_zero(problem: Problem, theta: Theta, start: Theta) -> list[str]:
-    """Positive level-1 sites that fell to zero against where they started."""
-    return [
-        site.name
-        for site in problem.sites.globals
-        if site.family in _POSITIVE
-        and float((theta[site.name] - start[site.name]).min()) < math.log(_AT_ZERO)
-    ]
+def _at_zero(
+    problem: Problem,
+    theta: Theta,
+    start: Theta,
+    value: float,
+    total: Callable[[Theta], float],
+) -> list[str]:
+    """Positive level-1 sites that fell so far that the evidence does not feel them any more."""
+    found = []
+    for site in problem.sites.globals:
+        if site.family not in _POSITIVE:
+            continue
+        here = theta[site.name]
+        fallen = here - start[site.name] < math.log(_AT_ZERO)
+        if not bool(fallen.any()):
+            continue
+        lower = {**theta, site.name: torch.where(fallen, here - math.log(10.0), here)}
+        # NaN, at a scale that rounding swallows, is no difference either.
+        if not abs(total(lower) - value) > _FLAT:
+            found.append(site.name)
+    return found

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy import optimize
@@ -324,3 +326,21 @@ def test_evidence_is_the_laplace_formula_term_by_term():
     terms = (log_likelihood, log_prior, half)
     assert terms == pytest.approx((-0.9727217057, -1.0557212511, -2.6038314991), abs=1e-9)
     assert sum(terms) + np.log(2 * np.pi) == pytest.approx(-2.7943973894, abs=1e-9)
+
+
+def test_a_small_scale_under_a_wide_prior_is_not_zero():
+    """τ̂ of order 1 where the prior's scale is 10⁴: against the root of the score."""
+    tasks, means, _ = means_problem((5,) * 12)
+
+    def program(x, y=None):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1e4))
+        scale = pyro.sample("scale", dist.HalfNormal(1e4))
+        with pyro.plate("task", len(x), dim=-2):
+            phi = pyro.sample("phi", dist.Normal(mean, scale))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                pyro.sample("y", dist.Normal(phi, 0.5), obs=y)
+
+    fitted = ExactLinear().fit(program, tasks, compile=False)
+    _, variance, _ = reference.type_two(means, np.full(12, 5), 0.25)
+    assert fitted.info["at_zero"] == []
+    assert float(fitted.globals()["scale"]) ** 2 == pytest.approx(variance, rel=1e-2)
