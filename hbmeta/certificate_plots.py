@@ -107,10 +107,9 @@ def _draw(axis: Axes, T: Floats, bound: Bound) -> None:
         (bound.empirical, within, WITHIN),
         (within, bound.raw, ACROSS),
     ]
-    for vacuous, alpha in ((False, 0.85), (True, 0.25)):
-        where = bound.vacuous == vacuous
-        for low, high, colour in layers:
-            axis.fill_between(T, low, high, where=where, color=colour, alpha=alpha, linewidth=0)
+    for low, high, colour in layers:
+        axis.fill_between(T, low, high, color=colour, alpha=0.25, linewidth=0)
+        axis.fill_between(T, low, high, where=~bound.vacuous, color=colour, linewidth=0)
     axis.plot(T, bound.raw, color="black", linewidth=1.0)
     axis.axhline(1.0, color="black", linewidth=0.5, linestyle=":")
     axis.set_xscale("log")
@@ -120,4 +119,12 @@ def _draw(axis: Axes, T: Floats, bound: Bound) -> None:
     if not bound.vacuous.all():
         least = int(bound.raw.argmin())
         said = f"{bound.raw[least]:.2f} at {T[least]:,.0f} tasks"
-    axis.annotate(said, (0.97, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=6)
+    axis.annotate(
+        said,
+        (0.97, 0.93),
+        xycoords="axes fraction",
+        ha="right",
+        va="top",
+        fontsize=6,
+        bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.0},
+    )

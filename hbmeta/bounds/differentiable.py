@@ -44,7 +44,7 @@ def differentiable_kl_inverse(q: Tensor, c: Tensor) -> Tensor:
         raise DataError(
             "differentiable_kl_inverse",
             needed="c above 0, where the derivative is finite",
-            found=f"{float(c.min()):g}",
+            found=f"{float(c.detach().min()):g}",
             do="Every bound adds the logarithm of 1/delta to its KL before it divides by n.",
         )
     dtype = torch.promote_types(q.dtype, c.dtype)

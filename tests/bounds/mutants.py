@@ -37,7 +37,7 @@ FILES = [
 # file, text, what stands there in its place
 MUTANTS = [
     # kl inverse
-    ("inverse", "0.5 * c), c + np.sqrt(c", "0.005 * c), 0.1 * c + 0.1 * np.sqrt(c"),
+    ("inverse", "1e280) * (1.0 + MARGIN)", "1e280) * 2.0"),
     ("inverse", "a * _psi(left, -t) + b", "a * _psi(left, -t) - b"),
     ("inverse", "b * _psi(growth, np.log1p(growth))", "b * _psi(growth, growth)"),
     ("inverse", "growth = -a * left / b", "growth = -b * left / a"),
