@@ -82,10 +82,10 @@ def bound_of_terms(
     raw = np.where(trivial, 1.0, raw)
     return Bound(
         theorem=theorem,
-        value=np.minimum(raw, 1.0),
+        value=np.asarray(np.minimum(raw, 1.0)),
         raw=raw,
         empirical=empirical,
         within_task=within,
         across_task=across,
-        vacuous=raw >= 1.0,
+        vacuous=np.asarray(raw >= 1.0),
     )

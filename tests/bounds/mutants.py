@@ -166,8 +166,8 @@ MUTANTS = [
     # what all share
     ("bound", "np.minimum(raw, 1.0)", "raw"),
     ("bound", "raw = np.where(trivial, 1.0, raw)", ""),
-    ("bound", "vacuous=raw >= 1.0", "vacuous=raw > 2.0"),
-    ("checks", "n_tasks * self.task_kls.mean(-1)", "self.task_kls.sum(-1)"),
+    ("bound", "np.asarray(raw >= 1.0)", "np.asarray(raw > 2.0)"),
+    ("checks", "self.n_tasks * self.task_kls.mean(-1)", "self.task_kls.sum(-1)"),
     ("checks", "np.asarray(self.risk.mean(-1))", "np.asarray(self.risk.max(-1))"),
     ("checks", "(array > 0.0) & (array < 1.0), where", "(array >= 0.0) & (array <= 1.0), where"),
     ("checks", "(array == np.floor(array))", "True"),
