@@ -33,7 +33,7 @@ def test_one_panel_per_bound_and_number_of_samples():
     assert any(box.y1 == pytest.approx(0.1) for box in edges)
 
 
-def test_the_bounds_are_listed_from_loose_to_tight():
+def test_the_bounds_are_listed_from_large_to_small():
     case = {"risk": 0.1, "hyper_kl": 5.0, "n_tasks": 200, "delta": 0.05}
     own = {"task_kls": 2.0, "n_samples": 50}
     values = [

@@ -47,7 +47,7 @@ __all__ = [
 def mcallester(*, risk: Values, kl: Values, n_samples: Values, delta: Values) -> Bound:
     """R ≤ R̂ + √((KL + log(n/δ)) / (2(n − 1))), McAllester's older bound.
 
-    The form inside Amit & Meir's theorem. `maurer` is smaller for every n ≥ 2 and needs no n ≥ 2.
+    The form inside Amit & Meir's theorem. `maurer` is smaller for every n ≥ 2, and holds at n = 1.
 
     Args:
         risk: R̂ in [0, 1]; broadcasts with the others.
