@@ -48,7 +48,8 @@ def differentiable_kl_inverse(q: Tensor, c: Tensor) -> Tensor:
             do="Every bound adds the logarithm of 1/delta to its KL before it divides by n.",
         )
     dtype = torch.promote_types(q.dtype, c.dtype)
-    result: Tensor = _KLInverse.apply(*torch.broadcast_tensors(q.double(), c.double()))
+    pair = torch.broadcast_tensors(q.double(), c.double())
+    result: Tensor = _KLInverse.apply(*pair)  # type: ignore[no-untyped-call]
     return result.to(dtype)
 
 

@@ -128,7 +128,7 @@ def low_rank_gaussian_kl(
     )
 
     G_scaled = G / w[..., None]
-    prior_chol = np.linalg.cholesky(_capacity(G, w))
+    prior_chol = np.asarray(np.linalg.cholesky(_capacity(G, w)), dtype=np.float64)
 
     def squared(X: Array) -> Array:
         """tr(Xᵀ Σ_P⁻¹ X)."""
@@ -139,8 +139,8 @@ def low_rank_gaussian_kl(
     # tr(Σ_P⁻¹ diag(v)) = Σ_j v_j/w_j − tr(C⁻¹ Gᵀ W⁻¹ diag(v) W⁻¹ G).
     columns = np.linalg.solve(prior_chol, np.swapaxes(G_scaled * np.sqrt(v)[..., None], -1, -2))
     spread = _spread(np.sqrt(v / w)) - np.square(columns).sum((-2, -1)) + squared(F)
-    own_chol = np.linalg.cholesky(_capacity(F, v))
-    volume = _log_determinant(prior_chol) - _log_determinant(own_chol)
+    own_chol = np.asarray(np.linalg.cholesky(_capacity(F, v)), dtype=np.float64)
+    volume = np.subtract(_log_determinant(prior_chol), _log_determinant(own_chol))
     return np.asarray(0.5 * (spread + volume + squared(shift[..., None])))
 
 
@@ -159,7 +159,7 @@ def categorical_kl(probabilities: Values, prior_probabilities: Values) -> Array:
     own = _distribution(probabilities, "probabilities", where)
     prior = _distribution(prior_probabilities, "prior_probabilities", where)
     common_shape(where, probabilities=own, prior_probabilities=prior)
-    return np.maximum(rel_entr(own, prior).sum(-1), 0.0)
+    return np.asarray(np.maximum(rel_entr(own, prior).sum(-1), 0.0))
 
 
 def scale(value: Values, name: str, where: str, *, zero: bool = False) -> Array:

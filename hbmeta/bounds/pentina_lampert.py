@@ -38,8 +38,9 @@ def pentina_lampert(
 
     Assumes: tasks iid, samples iid given their task, losses in [0, 1], 𝒫 fixed before any
     meta-training data, posteriors by one fixed map of (S_i, P). Holds for one task and one sample
-    on, and for unequal samples. Linear in the KLs, it is the largest of all here at tens or hundreds
-    of tasks; without log T in its within-task term it passes below Amit & Meir's at thousands.
+    on, and for unequal samples. Linear in the KLs, it is the largest of all here at tens or
+    hundreds of tasks; without log T in its within-task term it passes below Amit & Meir's at
+    thousands.
 
     Args:
         risk: R̂ in [0, 1], or R̂_i with the tasks last.
