@@ -115,16 +115,15 @@ def _draw(axis: Axes, T: Floats, bound: Bound) -> None:
     axis.set_xscale("log")
     axis.set_ylim(0.0, TOP)
     axis.set_xlim(T[0], T[-1])
-    said = "1 or more for all of these"
+    said, height = "1 or more for all of these", 0.12
     if not bound.vacuous.all():
         least = int(bound.raw.argmin())
-        said = f"{bound.raw[least]:.2f} at {T[least]:,.0f} tasks"
+        said, height = f"{bound.raw[least]:.2f} at {T[least]:,.0f} tasks", 0.86
     axis.annotate(
         said,
-        (0.97, 0.93),
+        (0.97, height),
         xycoords="axes fraction",
         ha="right",
-        va="top",
         fontsize=6,
         bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.0},
     )

@@ -18,7 +18,7 @@ from hbmeta.bounds.checks import Array
 __all__ = ["Bound", "bound_of_terms"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bound:
     """An upper bound on a risk in [0, 1]; arrays of the shape to which the arguments broadcast.
 
