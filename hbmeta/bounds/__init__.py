@@ -1,8 +1,8 @@
 """PAC-Bayes theorems as pure functions in float64; a leaf that imports nothing of the rest.
 
 Each function states its theorem, what it assumes and where it is from; docs/certificates.md says
-which one to use when. Risks and losses are in [0, 1], KL divergences in nats. Arguments are numbers,
-arrays or tensors and broadcast; what is given per task has the tasks last.
+which one to use when. Risks and losses are in [0, 1], KL divergences in nats. Arguments are
+numbers, arrays or tensors and broadcast; what is given per task has the tasks last.
 
     bound = bounds.query_split(risk=0.1, hyper_kl=5.0, n_tasks=200, delta=0.05)
     bound.value, bound.across_task, bound.vacuous  # 0.229, 0.129, False

@@ -104,10 +104,9 @@ def _log_ratio(shrinking: Array, growing: Array, c: Array) -> Array:
         left = np.expm1(-t)
         growth = -a * left / b
         kl = a * _psi(left, -t) + b * _psi(growth, np.log1p(growth))
-        step = (kl - c) * (1.0 + growth) / growth
-        t = np.minimum(t - step, LARGEST_T)
+        last, t = t, np.minimum(t - (kl - c) * (1.0 + growth) / growth, LARGEST_T)
         # Newton's error is the square of its last step, relatively: f″t/f′ is at most about 1.
-        if np.all(np.abs(step) <= 1e-10 * t):
+        if np.all(np.abs(t - last) <= 1e-10 * t):
             break
     return t * (1.0 + MARGIN)
 
