@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import hbmeta as hb
-from hbmeta import cli, errors, models, panels, tasks, theory
+from hbmeta import bounds, certificate_plots, cli, errors, models, panels, tasks, theory
 from hbmeta.classification import brier
 from hbmeta.costs import ledger
 from hbmeta.errors import (
@@ -1150,6 +1150,47 @@ BAYESIAN_MAML = [
     ),
 ]
 
+OVER_TASKS = {"risk": 0.1, "hyper_kl": 1.0, "task_kls": 2.0, "n_samples": 50, "n_tasks": 9}
+
+BOUNDS = [
+    kind(
+        "a risk that is no mean of losses in [0, 1]",
+        "1.7",
+        lambda _: bounds.meta_test(risk=1.7, n_tasks=100, delta=0.05),
+        "clipped or truncated",
+    ),
+    kind(
+        "delta of 0",
+        "0",
+        lambda _: bounds.amit_meir(**OVER_TASKS, delta=0.0),
+        "delta strictly in (0, 1)",
+    ),
+    kind(
+        "one task for a bound that needs two",
+        "1",
+        lambda _: bounds.separate_roots(**{**OVER_TASKS, "n_tasks": 1}, delta=0.05),
+        "n_tasks as whole numbers of at least 2",
+    ),
+    kind(
+        "risks that are not one per task",
+        "(2,)",
+        lambda _: bounds.joint_kl(**{**OVER_TASKS, "risk": [0.1, 0.2]}, delta=0.05),
+        "risk[..., None]",
+    ),
+    kind(
+        "a covariance without spread in some direction",
+        "not positive definite",
+        lambda _: bounds.gaussian_kl([0.0], [[0.0]], [0.0], [[1.0]]),
+        "KL = ∞",
+    ),
+    kind(
+        "a figure of an unknown bound",
+        "vapnik",
+        lambda _: certificate_plots.bounds_by_tasks(names=["vapnik"]),
+        "joint_kl",
+    ),
+]
+
 KINDS = [
     *DATA,
     *FRAMES,
@@ -1161,6 +1202,7 @@ KINDS = [
     *FILES,
     *LAPLACE,
     *BAYESIAN_MAML,
+    *BOUNDS,
 ]
 
 
