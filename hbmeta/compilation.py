@@ -63,17 +63,20 @@ def compile_graph(
     Args:
         graph: plain ATen operations.
         inputs: tensors of the shapes, dtypes and strides that it will be called with.
-        one_file: a large graph may be one C++ file with its own calls in place of many kernels.
+        one_file: a large graph may be one C++ file with its own calls. Otherwise it has kernels
+            by themselves, few, and is compiled for its own sake (`hbmeta.native`).
     """
     settings = _settings(graph, inputs, one_file)
+    held = (*graph.parameters(), *graph.buffers())
     try:
         with _vectors_known():
-            return Compiled(_compile(graph, inputs, settings))
+            return Compiled(_compile(graph, inputs, settings), held)
     except Exception as error:
         # Some operations have no C++ call of their own; some compilers lack the widest vectors.
         if "cpp_wrapper" not in settings and "CppCompileError" not in str(error):
             raise
-        return Compiled(_compile(graph, inputs, {"cpp.threads": settings["cpp.threads"]}))
+        plain = {"cpp.threads": settings["cpp.threads"]}
+        return Compiled(_compile(graph, inputs, plain), held)
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,11 @@ class Compiled:
 
     Attributes:
         wrapper: what Inductor gave.
+        held: tensors of the graph, which Inductor's own function takes before the inputs.
     """
 
     wrapper: Callable[..., Any]
+    held: tuple[Tensor, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The results of the graph."""
@@ -137,9 +142,12 @@ def _settings(
     settings: dict[str, Any] = {"cpp.threads": threads}
     if any(tensor.device.type != "cpu" for tensor in inputs):
         return settings
-    if one_file and len(graph.graph.nodes) >= _NODES_FOR_ONE_FILE:
+    large = len(graph.graph.nodes) >= _NODES_FOR_ONE_FILE
+    if one_file and large:
+        settings["cpp_wrapper"] = True
+    if large or not one_file:
         # Precompiled headers serve many files; for one they cost more than they spare.
-        settings |= {"cpp_wrapper": True, "cpp_cache_precompile_headers": False}
+        settings["cpp_cache_precompile_headers"] = False
     if _half_vectors(made):
         settings["cpp.simdlen"] = 256
     return settings

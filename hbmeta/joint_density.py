@@ -136,7 +136,7 @@ def staged_log_density(
         if not isinstance(run, Compiled):
             return None
         try:
-            return record(run.wrapper, [centre, *data, *choice()])
+            return record(run, [centre, *data, *choice()])
         except Exception as error:
             # The compiler's failures are its own, as in `Staged`; the graph is compiled all the
             # same.

@@ -109,7 +109,7 @@ def _effective(x: Array) -> Array:
     plus = first + means.var(-1, ddof=1)[:, None]
     rho = 1 - (first * n / (n - 1) - covariance) / plus
     rho[:, 0] = 1.0
-    last = (n - 3) // 2
+    last = max((n - 3) // 2, 0)
     pairs = rho[:, : 2 * last + 2].reshape(len(x), last + 1, 2).sum(-1)
     ended = ~(pairs > 0)
     ended[:, last] = True

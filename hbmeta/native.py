@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hbmeta.compilation import compile_source
+from hbmeta.compilation import Compiled, compile_source
 
 __all__ = ["NativeDensity", "record"]
 
@@ -89,15 +89,15 @@ class NativeDensity:
         return value, gradient
 
 
-def record(compiled: Callable[..., Any], inputs: Sequence[Tensor]) -> NativeDensity | None:
+def record(compiled: Compiled, inputs: Sequence[Tensor]) -> NativeDensity | None:
     """The compiled graph of a log density as a C function; None where it has to stay in Python.
 
     Args:
-        compiled: what Inductor made of a graph from `inputs` to [value (), gradient (size,)].
+        compiled: a graph from `inputs` to [value (), gradient (size,)].
         inputs: the vector (size,), float64 on the CPU, and the data, which are read at each call
             where they are now.
     """
-    wrapper = getattr(compiled, "current_callable", None)
+    wrapper = getattr(compiled.wrapper, "current_callable", None)
     if not isinstance(wrapper, types.MethodType):
         return None
     function = wrapper.__func__
@@ -107,13 +107,9 @@ def record(compiled: Callable[..., Any], inputs: Sequence[Tensor]) -> NativeDens
     replay = types.FunctionType(
         function.__code__, {**function.__globals__, **recorder.names(function.__globals__)}
     )
-    with torch.no_grad():
-        expected = compiled(*given)
-        try:
-            with recorder:
-                found = replay(wrapper.__self__, list(given))
-        except ValueError:
-            return None  # tensors that the graph holds are inputs of Inductor's function
+    expected = compiled(*given)
+    with torch.no_grad(), recorder:
+        found = replay(wrapper.__self__, [*compiled.held, *given])
     if recorder.others or not _same(found, expected, given[0]):
         return None
     calls = recorder.calls

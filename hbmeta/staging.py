@@ -106,7 +106,7 @@ class Staged:
             rounding of the largest of them; by default 1e-4 in float32, 1e-9 in float64, and 32
             roundings where an input is of half precision (0.25 in bfloat16, 0.03 in float16), where
             the traced graph is compared in the place of the compiled one.
-        one_file: a large graph may be compiled to one C++ file in place of many kernels.
+        one_file: of `compile_graph`.
     """
 
     def __init__(
