@@ -110,9 +110,9 @@ def record(compiled: Compiled, inputs: Sequence[Tensor]) -> NativeDensity | None
     expected = compiled(*given)
     with torch.no_grad(), recorder:
         found = replay(wrapper.__self__, [*compiled.held, *given])
-    if recorder.others or not _same(found, expected, given[0]):
-        return None
     calls = recorder.calls
+    if recorder.others or not calls or not _same(found, expected, given[0]):
+        return None
     block = [0, 0, torch.get_num_threads(), *(t.data_ptr() for t in (given[0], *found))]
     for call in calls:
         block += [call.function, *call.addresses]
