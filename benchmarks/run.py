@@ -24,7 +24,10 @@ NAMES = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
     *("bayesian_maml", "laplace", "samplers", "studies"),
 )
-WITH_QUICK = ("staging", "meta_gradient", "memory", "sinusoid", "posteriors", "bayesian_maml")
+WITH_QUICK = (
+    *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
+    *("bayesian_maml", "samplers"),
+)
 
 
 def run(name: str, extra: list[str]) -> int:

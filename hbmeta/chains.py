@@ -1,8 +1,11 @@
-"""Markov chains of NUTS (nutpie) on a staged potential, each in a process of its own.
+"""Markov chains of NUTS (nutpie) on a staged potential, several at a time.
 
-The potential is compiled once; forked processes share the compiled code, the data and a block of
+A potential that is a C function (`hbmeta.native`) is sampled by nutpie's own threads, which need
+neither Python nor its lock. Any other is called through Python, each chain in a process of its own:
+the potential is compiled once; forked processes share the compiled code, the data and a block of
 memory for the draws, so nothing is copied or serialised. Where a process cannot be forked (no
-`fork`, a CUDA device) the chains run one after another.
+`fork`, a CUDA device) those chains run one after another. The draws of a chain depend on its seed
+and start alone, not on how many run at a time.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ import multiprocessing
 import os
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +27,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hbmeta.errors import ConvergenceError
+from hbmeta.joint_density import Potential
+from hbmeta.native import NativeDensity
+from hbmeta.staging import Tier
 
 __all__ = ["Chains", "run_chains"]
 
-Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
+_SECONDS_BETWEEN_LOOKS = 0.002
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Chains:
         step_size: (chains,) after adaptation.
         gradients: number of evaluations, warm-up included.
         seconds: wall-clock seconds.
+        potential: "native" where the sampler called C, else the tier that it called.
     """
 
     draws: Tensor
@@ -50,6 +58,16 @@ class Chains:
     step_size: Tensor
     gradients: int
     seconds: float
+    potential: Literal["native"] | Tier
+
+
+@dataclass(frozen=True)
+class _Settings:
+    draws: int
+    warmup: int
+    seed: int
+    target_accept: float
+    max_tree_depth: int
 
 
 def run_chains(
@@ -68,14 +86,14 @@ def run_chains(
     """Runs one chain from each start.
 
     Args:
-        log_density: vector (size,) to (log density, gradient), float64 on the CPU.
+        log_density: of vectors (size,).
         starts: (chains, size).
         draws: per chain, after warm-up.
         warmup: steps of adaptation per chain.
         seed: of the sampler; each chain derives its own.
         target_accept: mean acceptance that the step size is adapted to, in (0, 1).
         max_tree_depth: a trajectory has at most 2 to this power steps.
-        processes: at most so many at a time; the number of cores by default, 1 for none.
+        processes: chains at a time, at most; the number of cores by default.
         progress: show a bar of all chains' steps.
         where: for the error.
     Raises:
@@ -83,25 +101,19 @@ def run_chains(
     """
     chains, size = starts.shape
     shared = _Shared(chains, draws, size)
+    settings = _Settings(draws, warmup, seed, target_accept, max_tree_depth)
     begin = time.perf_counter()
     limit = min(chains, processes or os.cpu_count() or 1)
     can_fork = "fork" in multiprocessing.get_all_start_methods()
     bar = tqdm(total=chains * (warmup + draws), desc="NUTS", disable=not progress)
+    native = log_density.native()
 
     def one(chain: int) -> None:
-        _run_one(
-            log_density,
-            shared,
-            chain,
-            starts[chain].numpy().copy(),
-            draws,
-            warmup,
-            seed,
-            target_accept,
-            max_tree_depth,
-        )
+        _run_one(log_density, shared, chain, starts[chain].numpy().copy(), settings)
 
-    if limit == 1 or not can_fork:
+    if native is not None:
+        _in_threads(log_density, native, starts, settings, limit, shared, bar)
+    elif limit == 1 or not can_fork:
         for chain in range(chains):
             one(chain)
             bar.update(warmup + draws)
@@ -124,6 +136,7 @@ def run_chains(
         shared.stats[:, -1, 3].clone(),
         int(shared.gradients.sum()),
         time.perf_counter() - begin,
+        log_density.tier if native is None else "native",
     )
 
 
@@ -184,17 +197,107 @@ def _fork(one: Callable[[int], None], chains: int, limit: int, shared: _Shared, 
             process.kill()
 
 
-def _run_one(
+def _in_threads(
     log_density: Potential,
+    native: NativeDensity,
+    starts: Tensor,
+    settings: _Settings,
+    limit: int,
     shared: _Shared,
-    chain: int,
-    start: Any,
-    draws: int,
-    warmup: int,
-    seed: int,
-    target_accept: float,
-    max_tree_depth: int,
+    bar: Any,
 ) -> None:
+    """Chains in the sampler's own threads, each with a recording of the potential."""
+    densities: dict[int, NativeDensity] = {}
+    running: dict[int, Any] = {}
+    waiting = list(range(len(starts)))
+    try:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                chain = waiting.pop(0)
+                density = native if chain == 0 else log_density.native()
+                assert density is not None
+                densities[chain] = density
+                model = _native_model(density, starts[chain].numpy().copy())
+                running[chain] = _sample(model, chain, settings, blocking=False)
+            bar.update(sum(density.kept for density in densities.values()) - bar.n)
+            for chain, sampler in list(running.items()):
+                try:
+                    trace = sampler.wait(timeout=_SECONDS_BETWEEN_LOOKS)
+                except TimeoutError:
+                    continue
+                except Exception as error:
+                    shared.fail(chain, str(error))
+                else:
+                    _take(trace, shared, chain, settings)
+                del running[chain]
+                shared.gradients[chain] = densities[chain].evaluations
+    finally:
+        for sampler in running.values():
+            sampler.cancel()
+
+
+def _native_model(density: NativeDensity, start: Any) -> Any:
+    """nutpie's model of a C function."""
+    from nutpie.compile_pymc import CompiledPyMCModel
+
+    return CompiledPyMCModel(
+        dims={},
+        compiled_logp_func=types.SimpleNamespace(address=density.evaluate),
+        compiled_expand_func=types.SimpleNamespace(address=density.keep),
+        initial_point_func=lambda _: start,
+        shared_data={},
+        user_data=density.block,
+        n_expanded=density.size,
+        shape_info=(["u"], [slice(None)], [(density.size,)]),
+        logp_func=density,
+        expand_func=density,
+        _n_dim=density.size,
+        _shapes={"u": (density.size,)},
+        _coords={},
+    )
+
+
+def _sample(model: Any, chain: int, settings: _Settings, *, blocking: bool) -> Any:
+    """One chain: its trace, or the sampler that is at it."""
+    import nutpie
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nutpie.sample(
+            model,
+            draws=settings.draws,
+            tune=settings.warmup,
+            chains=1,
+            cores=1,
+            seed=(settings.seed * 7919 + chain) % (2**31),
+            progress_bar=False,
+            target_accept=settings.target_accept,
+            maxdepth=settings.max_tree_depth,
+            return_raw_trace=True,
+            blocking=blocking,
+        )
+
+
+def _take(trace: Any, shared: _Shared, chain: int, settings: _Settings) -> None:
+    """Copies the draws after warm-up and what is known of each from a raw trace."""
+    import pyarrow
+
+    (drawn,), (known,) = trace.get_arrow_trace()
+    draws = pyarrow.array(drawn.column("u")).flatten().to_numpy(zero_copy_only=False)
+    size = shared.draws.shape[-1]
+    shared.draws[chain] = torch.from_numpy(draws.reshape(-1, size)[-settings.draws :].copy())
+    for column, name in enumerate(("diverging", "logp", "depth", "step_size_bar")):
+        values = pyarrow.array(known.column(name)).to_numpy(zero_copy_only=False)
+        shared.stats[chain, :, column] = torch.from_numpy(
+            values[-settings.draws :].astype(np.float64)
+        )
+    shared.state[chain] = 1
+
+
+def _run_one(
+    log_density: Potential, shared: _Shared, chain: int, start: Any, settings: _Settings
+) -> None:
+    """A chain whose potential is called through Python."""
     import nutpie
 
     size = start.shape[0]
@@ -230,23 +333,5 @@ def _run_one(
         ["u"],
         make_initial_point_fn=lambda _: start,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = nutpie.sample(
-            model,
-            draws=draws,
-            tune=warmup,
-            chains=1,
-            cores=1,
-            seed=(seed * 7919 + chain) % (2**31),
-            save_warmup=False,
-            progress_bar=False,
-            target_accept=target_accept,
-            maxdepth=max_tree_depth,
-        )
-    stats = found.sample_stats
-    shared.draws[chain] = torch.from_numpy(found.posterior["u"].values[0].copy())
-    for column, name in enumerate(("diverging", "logp", "depth", "step_size_bar")):
-        shared.stats[chain, :, column] = torch.from_numpy(stats[name].values[0].astype(np.float64))
+    _take(_sample(model, chain, settings, blocking=True), shared, chain, settings)
     shared.gradients[chain] = gradients
-    shared.state[chain] = 1

@@ -5,14 +5,22 @@ Measured on the meta-gradient of MAML (five second-order steps, docs/design.md, 
 
     one C++ file in place of a kernel a piece   0.89 of the time, half the time to compile
     vectors of 256 bits where rows fill them    0.95 of the time (rows of 40 leave a rest in 512)
+
+Inductor finds the widest vectors by compiling a test for each instruction set, several seconds in
+which nothing else happens. ATen has code for AVX2 and AVX-512 and picks among it by the processor,
+so what it picked is known to run here with this libtorch; what is left in doubt is the compiler,
+and a graph that it refuses is compiled again with Inductor's own list.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +34,7 @@ _ELEMENTS_FOR_THREADS = 100_000
 # one by one, and spares the calls from Python.
 _NODES_FOR_ONE_FILE = 250
 
-__all__ = ["HALVES", "compile_graph", "default_dtype_of"]
+__all__ = ["HALVES", "Compiled", "compile_graph", "compile_source", "default_dtype_of"]
 
 
 @contextlib.contextmanager
@@ -47,27 +55,55 @@ def default_dtype_of(tensors: Sequence[Any]) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def compile_graph(
+    graph: GraphModule, inputs: Sequence[Tensor], *, one_file: bool = True
+) -> Compiled:
     """The graph as compiled code: tensors in, list of tensors out.
 
     Args:
         graph: plain ATen operations.
         inputs: tensors of the shapes, dtypes and strides that it will be called with.
+        one_file: a large graph may be one C++ file with its own calls. Otherwise it has kernels
+            by themselves, few, and is compiled for its own sake (`hbmeta.native`).
     """
-    settings = _settings(graph, inputs)
+    settings = _settings(graph, inputs, one_file)
+    held = (*graph.parameters(), *graph.buffers())
     try:
-        compiled = _compile(graph, inputs, settings)
-    except Exception:
-        if "cpp_wrapper" not in settings:
+        with _vectors_known():
+            return Compiled(_compile(graph, inputs, settings), held)
+    except Exception as error:
+        # Some operations have no C++ call of their own; some compilers lack the widest vectors.
+        if "cpp_wrapper" not in settings and "CppCompileError" not in str(error):
             raise
-        # Some operations have no C++ call of their own.
-        compiled = _compile(graph, inputs, {"cpp.threads": settings["cpp.threads"]})
+        plain = {"cpp.threads": settings["cpp.threads"]}
+        return Compiled(_compile(graph, inputs, plain), held)
 
-    def run(*inputs: Tensor) -> Any:
+
+@dataclass(frozen=True)
+class Compiled:
+    """A graph as compiled code: tensors in, list of tensors out.
+
+    Attributes:
+        wrapper: what Inductor gave.
+        held: tensors of the graph, which Inductor's own function takes before the inputs.
+    """
+
+    wrapper: Callable[..., Any]
+    held: tuple[Tensor, ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The results of the graph."""
         with torch.no_grad():
-            return compiled(*inputs)
+            return self.wrapper(*inputs)
 
-    return run
+
+def compile_source(code: str) -> ctypes.CDLL:
+    """A library of C functions by Inductor's compiler and its cache on disk."""
+    from torch._inductor.codecache import CppCodeCache
+
+    with _vectors_known():
+        library: ctypes.CDLL = CppCodeCache.load(code)
+    return library
 
 
 def _compile(
@@ -96,7 +132,9 @@ def _compile(
     return compiled
 
 
-def _settings(graph: GraphModule, inputs: Sequence[Tensor]) -> dict[str, Any]:
+def _settings(
+    graph: GraphModule, inputs: Sequence[Tensor], one_file: bool = True
+) -> dict[str, Any]:
     values = [node.meta.get("val") for node in graph.graph.nodes]
     made = [value for value in values if isinstance(value, Tensor)]
     largest = max((value.numel() for value in made), default=0)
@@ -104,19 +142,49 @@ def _settings(graph: GraphModule, inputs: Sequence[Tensor]) -> dict[str, Any]:
     settings: dict[str, Any] = {"cpp.threads": threads}
     if any(tensor.device.type != "cpu" for tensor in inputs):
         return settings
-    if len(graph.graph.nodes) >= _NODES_FOR_ONE_FILE:
+    large = len(graph.graph.nodes) >= _NODES_FOR_ONE_FILE
+    if one_file and large:
+        settings["cpp_wrapper"] = True
+    if large or not one_file:
         # Precompiled headers serve many files; for one they cost more than they spare.
-        settings |= {"cpp_wrapper": True, "cpp_cache_precompile_headers": False}
+        settings["cpp_cache_precompile_headers"] = False
     if _half_vectors(made):
         settings["cpp.simdlen"] = 256
     return settings
 
 
+@contextlib.contextmanager
+def _vectors_known() -> Iterator[None]:
+    """Inductor's list of instruction sets without its tests, while this process compiles."""
+    from torch._inductor import cpu_vec_isa
+
+    tested = cpu_vec_isa.valid_vec_isa_list
+    cpu_vec_isa.valid_vec_isa_list = _vectors
+    try:
+        yield
+    finally:
+        cpu_vec_isa.valid_vec_isa_list = tested
+
+
+@functools.cache
+def _vectors() -> list[Any]:
+    """Instruction sets, widest first: those of ATen's own code on x86, else Inductor's list."""
+    from torch._inductor import cpu_vec_isa
+
+    by_capability = {
+        "AVX512": (cpu_vec_isa.VecAVX512, cpu_vec_isa.VecAVX2),
+        "AVX2": (cpu_vec_isa.VecAVX2,),
+    }
+    known = by_capability.get(torch.backends.cpu.get_cpu_capability())
+    if known is None:
+        return list(cpu_vec_isa.valid_vec_isa_list())
+    # `bool(isa)` runs the test, and its result is kept by class: these are classes of their own.
+    return [type(isa.__name__, (isa,), {"__bool__": lambda _: True})() for isa in known]
+
+
 def _half_vectors(values: Sequence[Tensor]) -> bool:
     """Whether most rows fill vectors of 256 bits and leave a rest in vectors of 512."""
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-
-    if not {256, 512} <= {isa.bit_width() for isa in valid_vec_isa_list()}:
+    if not {256, 512} <= {isa.bit_width() for isa in _vectors()}:
         return False
     fit = {256: 0, 512: 0}
     for value in values:

@@ -7,20 +7,47 @@ stand for it (`hbmeta.parametrisation`), whose log |∂φ/∂t| is added.
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hbmeta.compilation import Compiled
 from hbmeta.errors import ProgramError
+from hbmeta.native import NativeDensity, record
 from hbmeta.parametrisation import Coordinates
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.staging import Staged, Tier
 
-Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
-
 __all__ = ["Potential", "check_gradient", "log_density", "pack", "staged_log_density", "unpack"]
+
+
+def _none() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Potential:
+    """A log density of float64 vectors (size,) on the CPU, with its gradient, for a sampler.
+
+    Attributes:
+        function: gives the log density () and its gradient (size,).
+        native: gives a C function of the same, with memory of its own at each call, or None where
+            there is none.
+        tier: how `function` runs: "eager", "graph" or "compiled".
+    """
+
+    function: Callable[[Tensor], tuple[Tensor, Tensor]]
+    native: Callable[[], NativeDensity | None] = _none
+    tier: Tier = "eager"
+
+    def __call__(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density and gradient."""
+        return self.function(vector)
 
 
 def pack(problem: Problem, theta: Theta, phi: Tensor) -> Tensor:
@@ -88,21 +115,42 @@ def staged_log_density(
     def choice() -> list[Tensor]:
         return [] if coordinates is None else [coordinates.centered]
 
-    staged = Staged(function, tier=tier, expected_calls=expected_calls, check_every=2**62)
+    # Kernels by themselves are what can be recorded (`hbmeta.native`).
+    staged = Staged(
+        function, tier=tier, expected_calls=expected_calls, check_every=2**62, one_file=False
+    )
     run = staged.flat(centre, batch, *choice())
-    if centre.dtype == torch.float64 and centre.device.type == "cpu":
+    if centre.dtype != torch.float64 or centre.device.type != "cpu":
 
-        def potential(vector: Tensor) -> tuple[Tensor, Tensor]:
-            value, gradient = run(vector, *data, *choice())
-            return value, gradient
-
-    else:
-
-        def potential(vector: Tensor) -> tuple[Tensor, Tensor]:
+        def moved(vector: Tensor) -> tuple[Tensor, Tensor]:
             value, gradient = run(vector.to(centre), *data, *choice())
             return value.double().cpu(), gradient.double().cpu()
 
-    return potential, staged.seconds_staging
+        return Potential(moved, tier=staged.tier), staged.seconds_staging
+
+    def potential(vector: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = run(vector, *data, *choice())
+        return value, gradient
+
+    def native() -> NativeDensity | None:
+        if not isinstance(run, Compiled):
+            return None
+        try:
+            return record(run, [centre, *data, *choice()])
+        except Exception as error:
+            # The compiler's failures are its own, as in `Staged`; the graph is compiled all the
+            # same.
+            warnings.warn(
+                f"The compiler gave up on the way into C ({type(error).__name__}), so the sampler "
+                "calls this program through Python, which is slower.",
+                stacklevel=2,
+            )
+            return None
+
+    start = time.perf_counter()
+    native()  # Compiles the way into C, which later recordings find in the cache.
+    seconds = staged.seconds_staging + time.perf_counter() - start
+    return Potential(potential, native, staged.tier), seconds
 
 
 def check_gradient(potential: Potential, point: Tensor, name: str) -> None:

@@ -106,6 +106,7 @@ class Staged:
             rounding of the largest of them; by default 1e-4 in float32, 1e-9 in float64, and 32
             roundings where an input is of half precision (0.25 in bfloat16, 0.03 in float16), where
             the traced graph is compared in the place of the compiled one.
+        one_file: of `compile_graph`.
     """
 
     def __init__(
@@ -116,9 +117,10 @@ class Staged:
         expected_calls: int = 10_000,
         check_every: int = 0,
         rtol: float | None = None,
+        one_file: bool = True,
     ) -> None:
         self.function, self.wanted, self.expected_calls = function, tier, expected_calls
-        self.check_every, self.rtol = check_every, rtol
+        self.check_every, self.rtol, self.one_file = check_every, rtol, one_file
         self.calls = 0
         self.seconds_staging = 0.0
         self._plans: dict[Any, _Plan] = {}
@@ -190,7 +192,8 @@ class Staged:
             target = self._target(plan)
         if target == "compiled" and compiler_available():
             try:
-                plan.run, plan.tier = compile_graph(plan.graph, _tensors(leaves)), "compiled"
+                plan.run = compile_graph(plan.graph, _tensors(leaves), one_file=self.one_file)
+                plan.tier = "compiled"
             except Exception as error:
                 # The compiler's failures are its own (it stumbles over some indexing); the graph
                 # is right, and slower.

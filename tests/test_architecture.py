@@ -53,6 +53,8 @@ ORDER = [
     "newton",
     "curvature",
     "parametrisation",
+    "native",
+    "mixing",
     "joint_density",
     "curvatures",
     "damping",

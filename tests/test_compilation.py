@@ -78,10 +78,37 @@ def test_a_compiler_that_fails_says_so(monkeypatch):
     ],
 )
 def test_vectors_that_rows_fill(monkeypatch, bits, dtype, length, half):
-    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", lambda: [_Isa(b) for b in bits])
+    monkeypatch.setattr(compilation, "_vectors", lambda: [_Isa(b) for b in bits])
     x = torch.zeros(10, length, dtype=dtype)
     settings = compilation._settings(make_fx(chain(3))(x), [x])
     assert settings.get("cpp.simdlen") == (256 if half else None)
+
+
+def test_vectors_are_known_while_it_compiles_alone(monkeypatch):
+    """Inductor's own list is as it was after a failure, and is tried where vectors fail."""
+    tested = cpu_vec_isa.valid_vec_isa_list
+    seen = []
+
+    def fails_with_known(graph, inputs, settings):
+        seen.append(cpu_vec_isa.valid_vec_isa_list)
+        if len(seen) == 1:
+            raise RuntimeError("CppCompileError: unknown option -mavx512f")
+        return graph
+
+    monkeypatch.setattr(compilation, "_compile", fails_with_known)
+    x = torch.rand(3)
+    torch.testing.assert_close(compile_graph(make_fx(chain(3))(x), [x])(x), chain(3)(x))
+    assert seen == [compilation._vectors, tested]
+    assert cpu_vec_isa.valid_vec_isa_list is tested
+
+
+@pytest.mark.slow
+def test_known_vectors_are_those_that_the_tests_find():
+    """The widest that Inductor finds by compiling is as wide as the one that ATen uses."""
+    found = [isa.bit_width() for isa in cpu_vec_isa.valid_vec_isa_list()]
+    known = [isa.bit_width() for isa in compilation._vectors()]
+    assert set(known) == set(found)
+    assert known[0] == found[0]
 
 
 @pytest.mark.slow

@@ -268,7 +268,9 @@ def test_auto_stays_eager_for_few_calls():
 def test_auto_climbs_for_many_calls(monkeypatch):
     """To the graph where a compilation would not pay, to the compiler where it would."""
     compiled = []
-    monkeypatch.setattr(staging, "compile_graph", lambda graph, leaves: compiled.append(1) or graph)
+    monkeypatch.setattr(
+        staging, "compile_graph", lambda graph, leaves, **_: compiled.append(1) or graph
+    )
     batch, scale = inputs()
 
     def slow(batch, scale):

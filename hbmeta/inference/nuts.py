@@ -15,8 +15,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import arviz
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from hbmeta.joint_density import (
     staged_log_density,
     unpack,
 )
+from hbmeta.mixing import mixing
 from hbmeta.parametrisation import CHOICES, Choice, Coordinates
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
@@ -61,18 +60,20 @@ class NUTS(Strategy):
 
     Args:
         draws: per chain, after warm-up.
-        chains: number of chains, each in a process of its own.
+        chains: number of chains.
         warmup: steps of adaptation per chain.
         target_accept: raise towards 1 where there are divergences.
         max_tree_depth: a trajectory has at most 2 to this power steps.
-        processes: chains that run at a time; the number of cores by default.
+        processes: chains that run at a time, in threads where the potential is a C function
+            (`info["potential"]` is "native") and else in processes; the number of cores by
+            default. The draws do not depend on it.
         parametrisation: what the chains move in at local sites φ = m + s ε of a location-scale
             family whose m or s depends on θ: φ ("centered"), ε ("non-centered"), or the better of
             the two, per site, by a short pilot ("auto"). "as written" moves the program's
             own sites. Draws are always of φ; `info["parametrisation"]` says what was used.
     References:
-        Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: Vehtari et al. (2021), by
-        ArviZ. Parametrisation: `hbmeta.parametrisation`.
+        Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: `hbmeta.mixing`.
+        Parametrisation: `hbmeta.parametrisation`.
     """
 
     learns_spread: ClassVar[bool] = False
@@ -226,25 +227,19 @@ class NUTS(Strategy):
             "deep_trees": int((found.tree_depth >= self.max_tree_depth).sum()),
             "gradients": found.gradients,
             "seconds_sampling": found.seconds,
+            "potential": found.potential,
             "diverging": found.diverging,
             "log_density": found.log_density,
             "tree_depth": found.tree_depth,
             "step_size": found.step_size,
             "parametrisation": "as written" if coordinates is None else coordinates.describe(),
         }
-        draws = arviz.convert_to_dataset(found.draws.numpy())
         if self.draws >= 4:
-            with np.errstate(all="ignore"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                bulk = arviz.ess(draws, method="bulk")["x"].values
-                tail = arviz.ess(draws, method="tail")["x"].values
-                rhat = (
-                    arviz.rhat(draws)["x"].values if self.chains > 1 else np.full_like(bulk, np.nan)
-                )
+            mixed = mixing(found.draws)
             info |= {
-                "r_hat": torch.from_numpy(rhat.copy()),
-                "ess_bulk": torch.from_numpy(bulk.copy()),
-                "ess_tail": torch.from_numpy(tail.copy()),
+                "r_hat": mixed.r_hat,
+                "ess_bulk": mixed.ess_bulk,
+                "ess_tail": mixed.ess_tail,
             }
         for problem in trouble(info):
             warnings.warn(f"NUTS: {problem}", stacklevel=5)
