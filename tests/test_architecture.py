@@ -66,6 +66,8 @@ ORDER = [
     "inference_data",
     "posterior",
     "importance",
+    "pathfinder",
+    "starts",
     "feeding",
     "course",
     "resuming",

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import arviz
 import numpy as np
@@ -30,7 +29,6 @@ from hbmeta.joint_density import (
     Potential,
     check_gradient,
     log_density,
-    pack,
     staged_log_density,
     unpack,
 )
@@ -39,6 +37,7 @@ from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.staging import Tier
+from hbmeta.starts import pathfinder_starts, spread_starts
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, Options, show_progress
 
@@ -70,6 +69,9 @@ class NUTS(Strategy):
             family whose m or s depends on θ: φ ("centered"), ε ("non-centered"), or the better of
             the two, per site, by a short pilot ("auto"). "as written" moves the program's
             own sites. Draws are always of φ; `info["parametrisation"]` says what was used.
+        initial: where chains start: "spread" within 2 of the priors' locations in unconstrained
+            space, or at draws of "pathfinder" (`hbmeta.pathfinder`), with which a short warm-up
+            suffices.
     References:
         Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: Vehtari et al. (2021), by
         ArviZ. Parametrisation: `hbmeta.parametrisation`.
@@ -84,6 +86,7 @@ class NUTS(Strategy):
     max_tree_depth: int = 10
     processes: int | None = None
     parametrisation: Choice = "auto"
+    initial: Literal["spread", "pathfinder"] = "spread"
 
     def __post_init__(self) -> None:
         counts = (self.draws, self.chains, self.warmup, self.max_tree_depth)
@@ -106,6 +109,13 @@ class NUTS(Strategy):
                 needed=f"parametrisation among {', '.join(map(repr, CHOICES))}",
                 found=repr(self.parametrisation),
                 do="Leave it out to have it chosen.",
+            )
+        if self.initial not in ("spread", "pathfinder"):
+            raise DataError(
+                "NUTS",
+                needed="initial as 'spread' or 'pathfinder'",
+                found=repr(self.initial),
+                do="Leave it out for 'spread'.",
             )
 
     def check(self, problem: Problem) -> None:
@@ -171,21 +181,12 @@ class NUTS(Strategy):
         potential: Potential,
         coordinates: Coordinates | None,
     ) -> Tensor:
-        """Spread around the priors' locations, halving the spread until the density is finite."""
-        place = problem.location if coordinates is None else coordinates.start
-        with torch.no_grad():
-            centre = pack(problem, theta, place(theta, batch)).double().cpu()
-        generator = torch.Generator().manual_seed(seed)
-        rows = []
-        for _ in range(self.chains):
-            jitter = 2 * torch.rand(centre.shape, generator=generator, dtype=torch.float64) - 1
-            for _ in range(12):
-                value, gradient = potential(centre + jitter)
-                if math.isfinite(float(value)) and bool(torch.isfinite(gradient).all()):
-                    break
-                jitter = jitter / 2
-            rows.append(centre + jitter)
-        return torch.stack(rows)
+        """As `initial` says; see `hbmeta.starts`."""
+        given = (problem, batch, theta, potential, coordinates)
+        if self.initial == "spread":
+            return spread_starts(*given, count=self.chains, seed=seed)
+        where = f"{self.name}.fit"
+        return pathfinder_starts(*given, count=self.chains, seed=seed, where=where)
 
     def _learned(
         self,
