@@ -25,7 +25,7 @@ from hbmeta.program import Batch, Theta
 # Draws of each path, from which starts are chosen.
 _DRAWS = 250
 
-__all__ = ["non_centered", "pathfinder_starts", "spread_starts"]
+__all__ = ["from_noise", "non_centered", "pathfinder_starts", "spread_starts"]
 
 
 def spread_starts(
@@ -38,7 +38,7 @@ def spread_starts(
     count: int,
     seed: int,
 ) -> Tensor:
-    """(count, size) uniform within 2 of the priors' locations, or as near as needs be.
+    """(count, size) uniform within 1 of the priors' locations, or as near as needs be.
 
     The spread is halved until the density is finite.
     """
@@ -89,11 +89,16 @@ def pathfinder_starts(
         )
         found = find_paths(potential, starts, draws=_DRAWS, seed=seed, where=where)
     chosen = found.resampled(count, seed, replacement=False)
-    if coordinates is None:
-        return chosen
-    drawn, noise = unpack(problem, chosen.to(batch.x), batch.n_tasks)
+    return chosen if coordinates is None else from_noise(problem, batch, theta, coordinates, chosen)
+
+
+def from_noise(
+    problem: Problem, batch: Batch, theta: Theta, coordinates: Coordinates, points: Tensor
+) -> Tensor:
+    """(count, size) the same (θ, φ) in these coordinates, from points with no site centered."""
+    drawn, noise = unpack(problem, points.to(batch.x), batch.n_tasks)
     moved = coordinates.from_noise({**theta, **drawn}, bool(drawn), noise, batch)
-    return torch.cat([chosen[:, : problem.sites.theta_size], moved.flatten(1).to(chosen)], 1)
+    return torch.cat([points[:, : problem.sites.theta_size], moved.flatten(1).to(points)], 1)
 
 
 @contextlib.contextmanager

@@ -37,11 +37,11 @@ from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.staging import Tier
-from hbmeta.starts import pathfinder_starts, spread_starts
+from hbmeta.starts import from_noise, pathfinder_starts, spread_starts
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, Options, show_progress
 
-__all__ = ["NUTS", "log_density", "staged_log_density"]
+__all__ = ["NUTS", "log_density", "require_priors", "staged_log_density"]
 
 _MOST_DRAWS_OF_THETA = 1000
 # The pilot that tells which parametrisation is better, at most; its trees are cut at 2^7 steps.
@@ -69,7 +69,7 @@ class NUTS(Strategy):
             family whose m or s depends on θ: φ ("centered"), ε ("non-centered"), or the better of
             the two, per site, by a short pilot ("auto"). "as written" moves the program's
             own sites. Draws are always of φ; `info["parametrisation"]` says what was used.
-        initial: where chains start: "spread" within 2 of the priors' locations in unconstrained
+        initial: where chains start: "spread" within 1 of the priors' locations in unconstrained
             space, or at draws of "pathfinder" (`hbmeta.pathfinder`), with which a short warm-up
             suffices.
     References:
@@ -120,15 +120,7 @@ class NUTS(Strategy):
 
     def check(self, problem: Problem) -> None:
         """Every level-1 parameter needs a prior."""
-        free = [name for name, _ in problem.parameters()]
-        if free:
-            raise UnsupportedModelError(
-                self.name,
-                needed="a prior for every level-1 parameter",
-                found=f"module parameter {free[0]!r} without one",
-                do="Make it a pyro.sample site, fix it with requires_grad_(False), or use "
-                "AmortizedGuide.",
-            )
+        require_priors(problem, self.name)
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """Runs the chains on all rows of the tasks."""
@@ -162,7 +154,10 @@ class NUTS(Strategy):
             )
             drawn, t = unpack(problem, _like(problem, pilot.draws.flatten(0, 1)), batch.n_tasks)
             coordinates.choose({**theta, **drawn}, bool(drawn), t, batch)
-            starts = self._starts(problem, batch, theta, options.seed, potential, coordinates)
+            if self.initial == "pathfinder":
+                starts = from_noise(problem, batch, theta, coordinates, starts)
+            else:
+                starts = self._starts(problem, batch, theta, options.seed, potential, coordinates)
         found = run(
             starts,
             draws=self.draws,
@@ -288,6 +283,19 @@ class NUTS(Strategy):
             )
         return TaskPosterior(
             problem, theta, found, support, drawn=True, info=info, units=fitted.units
+        )
+
+
+def require_priors(problem: Problem, where: str) -> None:
+    """Raises UnsupportedModelError where a parameter of the module has no prior to draw it by."""
+    free = [name for name, _ in problem.parameters()]
+    if free:
+        raise UnsupportedModelError(
+            where,
+            needed="a prior for every level-1 parameter",
+            found=f"module parameter {free[0]!r} without one",
+            do="Make it a pyro.sample site, fix it with requires_grad_(False), or use "
+            "AmortizedGuide.",
         )
 
 
