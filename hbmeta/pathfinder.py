@@ -102,7 +102,8 @@ class LowRankNormal:
         # What lies outside the columns of Q is not scaled.
         square = white.square().sum(-1) - inside.square().sum(-1) + noise.square().sum(-1)
         log_det = (2 * math.pi * self.diagonal).log().sum()
-        return -0.5 * (square + log_det) - self.factor.diagonal().log().sum()
+        found: Tensor = -0.5 * (square + log_det) - self.factor.diagonal().log().sum()
+        return found
 
 
 class Path(NamedTuple):

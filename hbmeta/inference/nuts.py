@@ -70,8 +70,8 @@ class NUTS(Strategy):
             the two, per site, by a short pilot ("auto"). "as written" moves the program's
             own sites. Draws are always of φ; `info["parametrisation"]` says what was used.
         initial: where chains start: "spread" within 1 of the priors' locations in unconstrained
-            space, or at draws of "pathfinder" (`hbmeta.pathfinder`), with which a short warm-up
-            suffices.
+            space, or at draws of "pathfinder" (`hbmeta.pathfinder`), where the posterior is far
+            from there or the warm-up short.
     References:
         Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: Vehtari et al. (2021), by
         ArviZ. Parametrisation: `hbmeta.parametrisation`.
