@@ -41,7 +41,7 @@ _FEWEST = 100
 # Numbers in a chunk of draws that are evaluated at once.
 _NUMBERS = 2_000_000
 
-__all__ = ["importance", "largest_k"]
+__all__ = ["importance", "largest_k", "pareto_smoothed"]
 
 
 def largest_k(draws: int) -> float:
@@ -76,7 +76,7 @@ def importance(posterior: TaskPosterior, draws: int = 4000, seed: int = 0) -> Ta
         )
     seed = check_seed(seed, where="importance")
     phi, log_weights, rounding = _weighted(posterior, _density(posterior), draws, seed)
-    smoothed, k = _smoothed(log_weights, rounding)
+    smoothed, k = pareto_smoothed(log_weights, rounding)
     shifted = (log_weights - log_weights.amax(0)).exp()
     mean = shifted.mean(0)
     density = Empirical(phi, smoothed)
@@ -155,8 +155,13 @@ def _weighted(
     return phi, log_weights, _ROUNDINGS * torch.finfo(phi.dtype).eps * (1.0 + terms)
 
 
-def _smoothed(log_weights: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
-    """Pareto-smoothed log weights (draws, tasks), normalised, and k̂ (tasks,)."""
+def pareto_smoothed(log_weights: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+    """Pareto-smoothed log weights, normalised, and k̂, which is −∞ where all weights are equal.
+
+    Args:
+        log_weights: (draws, tasks); −∞ is a weight of 0.
+        rounding: (tasks,) what log weights differ by that are equal.
+    """
     # ArviZ fits a tail to rounding where all weights are equal: those are the best there are.
     equal = log_weights.amax(0) - log_weights.amin(0) <= rounding
     with np.errstate(all="ignore"):

@@ -250,6 +250,16 @@ class Coordinates:
         )
         return found
 
+    def from_noise(self, theta: Theta, drawn: bool, noise: Tensor, batch: Batch) -> Tensor:
+        """(draws, tasks, phi_size) the coordinates of this choice, given those of none centered."""
+        apart = Coordinates(self.problem, self.sites, torch.zeros_like(self.centered))
+        phi = self.problem.sites.from_vector(apart.many(theta, drawn, noise, batch)[0])
+        found = self.problem.sites.from_vector(noise)
+        for name, keep in zip(self.sites, self.centered.unbind(1), strict=True):
+            centered = keep.reshape(-1, *(1,) * (phi[name].ndim - 2)) > 0.5
+            found[name] = torch.where(centered, phi[name], found[name])
+        return self.problem.sites.to_vector(found)
+
     @property
     def _nested(self) -> bool:
         return self.problem.layout == "nested"

@@ -13,6 +13,10 @@ and ∇²ℓ comes from its differences,
     ∇²ℓ e_j ≈ [8 (∇ℓ(u + h e_j) − ∇ℓ(u − h e_j)) − (∇ℓ(u + 2h e_j) − ∇ℓ(u − 2h e_j))] / 12h,
 
 with an error of order h⁴, h a thousandth of the scale of the parameter.
+
+A bound L ≤ ℓ (`Variational`) has another curvature than ℓ: where q is too narrow, so are standard
+errors from it. There ℓ is Laplace's evidence, whose curvature is taken at the θ̂ of the bound; that
+is close where the two have nearly the same maximum, which is checked.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from hbmeta.densities import Empirical
 from hbmeta.derivatives import jacobian_of
 from hbmeta.errors import ConvergenceError, CurvatureError, UnsupportedModelError
 from hbmeta.fitted import Fitted
-from hbmeta.inference import ExactLinear, Laplace, Quadrature
+from hbmeta.inference import ExactLinear, Laplace, Quadrature, Variational
 from hbmeta.laplace_evidence import total_evidence
 from hbmeta.modes import DENSE_AT_MOST, find_modes
 from hbmeta.problem import Problem
@@ -42,6 +46,8 @@ _STEP = 1e-3
 _MOST = 200
 # ½ gᵀCg in nats: what a Newton step would still gain.
 _GAIN = 1e-3
+# The same for a θ̂ that maximises a bound instead: half a standard error off, in some direction.
+_GAIN_OF_BOUND = 0.125
 
 __all__ = ["StandardErrors", "standard_errors"]
 
@@ -85,11 +91,13 @@ def standard_errors(fitted: Fitted) -> StandardErrors:
     """Standard errors of a θ that maximises an evidence.
 
     Args:
-        fitted: of ExactLinear, Quadrature, ExactGP, or Laplace with up to 64 parameters per task.
+        fitted: of ExactLinear, Quadrature or ExactGP; of Laplace, or of Variational with θ at a
+            point and not amortized, with up to 64 parameters per task.
     Raises:
         UnsupportedModelError: another strategy, more than 200 entries of θ or none, or a variance
             whose estimate is zero: at that boundary the evidence has no curvature to speak of.
-        ConvergenceError: θ is no maximum: a Newton step would still gain.
+        ConvergenceError: θ is no maximum: a Newton step would still gain. Of Variational: it is
+            over half a standard error from the maximum of Laplace's evidence.
         CurvatureError: the evidence does not bend down in some direction, named by its entry.
     References:
         Efron, Hinkley (1978), Biometrika 65(3), for the observed information. van der Vaart (1998),
@@ -97,8 +105,9 @@ def standard_errors(fitted: Fitted) -> StandardErrors:
     """
     where = "standard_errors"
     problem, theta = fitted.problem, {k: v.detach() for k, v in fitted.theta.items()}
-    prior = bool(getattr(fitted.strategy, "prior", False))
     _check(fitted, where)
+    bounded = isinstance(fitted.strategy, Variational)
+    prior = bounded or bool(getattr(fitted.strategy, "prior", False))
     batch = problem.batch(fitted.tasks)
     scales = _scales(problem, theta, batch)
     shapes = {name: value.shape for name, value in theta.items()}
@@ -134,12 +143,14 @@ def standard_errors(fitted: Fitted) -> StandardErrors:
     covariance = _inverse(information, scale, names, where)
     slope = gradient(at)
     gain = float(0.5 * slope @ covariance @ slope)
-    if not gain < _GAIN:
+    if not gain < (_GAIN_OF_BOUND if bounded else _GAIN):
         raise ConvergenceError(
             where,
             needed="θ at the maximum of its evidence",
             found=f"a point where a Newton step would still gain {gain:.3g} nats",
-            do="Standardise x and y, or use float64, and fit again.",
+            do="Fit with more steps, draws or a richer family, or fit Laplace itself."
+            if bounded
+            else "Standardise x and y, or use float64, and fit again.",
         )
     estimates, errors = _constrained(problem, unpack, at, covariance, batch)
     return StandardErrors(estimates, errors, names, covariance, prior)
@@ -147,13 +158,18 @@ def standard_errors(fitted: Fitted) -> StandardErrors:
 
 def _check(fitted: Fitted, where: str) -> None:
     strategy, problem = fitted.strategy, fitted.problem
-    large = isinstance(strategy, Laplace) and problem.sites.phi_size > DENSE_AT_MOST
-    if not isinstance(strategy, ExactLinear | Quadrature | Laplace) or large:
+    modal = isinstance(strategy, Laplace | Variational)
+    large = modal and problem.sites.phi_size > DENSE_AT_MOST
+    # An encoder's bound has a gap that it moves θ by; q(θ) has standard deviations of its own.
+    other = isinstance(strategy, Variational) and (strategy.amortized or fitted.drawn)
+    if not (isinstance(strategy, ExactLinear | Quadrature) or modal) or large or other:
         raise UnsupportedModelError(
             where,
             needed="a fit whose θ maximises an evidence: ExactLinear, Quadrature, ExactGP, or "
-            f"Laplace with up to {DENSE_AT_MOST} parameters per task",
-            found=strategy.name + (f" with {problem.sites.phi_size} of them" if large else ""),
+            f"Laplace or Variational(theta='point') with up to {DENSE_AT_MOST} parameters per task",
+            found=strategy.name
+            + (f" with {problem.sites.phi_size} of them" if large else "")
+            + (" with amortized=True or a distribution of θ" if other else ""),
             do="Fit Laplace to the same program, or NUTS for the posterior of θ.",
         )
     size = sum(value.numel() for value in fitted.theta.values())
@@ -176,14 +192,21 @@ def _check(fitted: Fitted, where: str) -> None:
         )
 
 
+def _as_laplace(fitted: Fitted) -> Laplace | None:
+    """By whose evidence ℓ is taken, if it has modes."""
+    strategy = fitted.strategy
+    if isinstance(strategy, Variational):
+        return Laplace()
+    return strategy if isinstance(strategy, Laplace) else None
+
+
 def _modes(fitted: Fitted, theta: Theta, batch: Batch) -> Tensor | None:
     """Modes at θ̂, where searches at other θ start."""
-    if not isinstance(fitted.strategy, Laplace):
+    strategy, problem = _as_laplace(fitted), fitted.problem
+    if strategy is None:
         return None
-    problem = fitted.problem
     with torch.no_grad():
         start = problem.location(theta, batch)
-    strategy = fitted.strategy
     return find_modes(
         problem, theta, batch, start, tolerance=strategy.tolerance, seed=fitted.seed,
         iterations=strategy.iterations,
@@ -193,14 +216,15 @@ def _modes(fitted: Fitted, theta: Theta, batch: Batch) -> Tensor | None:
 def _evidence(fitted: Fitted, theta: Theta, batch: Batch, modes: Tensor | None) -> Tensor:
     """(tasks,) log p(S_i | θ) by the strategy's own formula, with its gradient in θ."""
     strategy, problem = fitted.strategy, fitted.problem
-    if isinstance(strategy, Laplace):
+    laplace = _as_laplace(fitted)
+    if laplace is not None:
         assert modes is not None
         found = find_modes(
-            problem, theta, batch, modes, tolerance=strategy.tolerance,
-            iterations=strategy.iterations,
+            problem, theta, batch, modes, tolerance=laplace.tolerance,
+            iterations=laplace.iterations,
         )  # fmt: skip
-        damping = torch.full_like(modes[:, 0], strategy.damping or 0.0)
-        return total_evidence(problem, theta, found.point, batch, damping, strategy.curvature)
+        damping = torch.full_like(modes[:, 0], laplace.damping or 0.0)
+        return total_evidence(problem, theta, found.point, batch, damping, laplace.curvature)
     if isinstance(strategy, Quadrature):
         density = strategy.posterior(problem, theta, None, batch)
         if isinstance(density, Empirical) and density.log_weights is not None:

@@ -16,6 +16,7 @@ STRATEGIES = (
     *("ExactGP", "Quadrature", "ProtoNet", "LatentNP"),
     *("FOMAML", "Reptile", "MetaSGD", "ANIL", "ImplicitMAML"),
     *("Laplace", "Variational", "SGLD", "SGHMC", "ABML", "BMAML", "PLATIPUS"),
+    "Pathfinder",
 )
 
 
@@ -228,6 +229,10 @@ _ELSEWHERE = {
     ("PLATIPUS", "two_coefficients"): _stays("scale", "PLATIPUS"),
     ("PLATIPUS", "lognormal_poisson"): _stays("spread", "PLATIPUS"),
     ("PLATIPUS", "gaussian_process_learned"): _stays("lengthscale_spread", "PLATIPUS"),
+    ("Pathfinder", "module_parameters"): _no_prior("weight"),
+    ("Pathfinder", "neural_regression"): _no_prior("mean.layer1.weight"),
+    ("Pathfinder", "neural_classifier"): _no_prior("mean.layer1.weight"),
+    ("Pathfinder", "latent_process"): _no_prior("of_x.weight"),
 } | {
     (strategy, name): ONE_ROW
     for strategy in ("ABML", "BMAML", "PLATIPUS")

@@ -68,6 +68,8 @@ ORDER = [
     "inference_data",
     "posterior",
     "importance",
+    "pathfinder",
+    "starts",
     "feeding",
     "course",
     "resuming",

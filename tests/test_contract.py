@@ -54,6 +54,7 @@ POSTERIORS = {
     "ABML": lambda: inference.ABML(steps=2),
     "BMAML": lambda: inference.BMAML(steps=2, particles=3),
     "PLATIPUS": lambda: inference.PLATIPUS(steps=2, particles=6),
+    "Pathfinder": lambda: inference.Pathfinder(paths=2, draws=100, iterations=8),
 }
 # Where all of the contract is run fast; on the other programs their outcome is, the rest is slow.
 EVERYWHERE = ("linear_given_theta", "varying_intercepts", "gamma_poisson", "neural_zero")
@@ -104,7 +105,7 @@ def strategy_of(strategy, name, *, small):
 
 
 def fit(strategy, name, *, small=False):
-    """The fit, and the warnings that it gave; those on short chains of NUTS are expected."""
+    """The fit, and the warnings that it gave; those on short runs of samplers are expected."""
     chosen, arguments = strategy_of(strategy, name, small=small)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -112,7 +113,7 @@ def fit(strategy, name, *, small=False):
             case(name).program, case(name).tasks, **{"compile": False, "seed": 0, **arguments}
         )
     # Short chains are warned of.
-    short = ("NUTS: ", "SGLD", "SGHMC")
+    short = ("NUTS: ", "SGLD", "SGHMC", "Pathfinder: ")
     found = [str(w.message) for w in caught if not str(w.message).startswith(short)]
     return fitted, [message for message in found if "torch.jit" not in message]
 
@@ -132,7 +133,7 @@ def expected_warnings_allowed(fitted):
         warnings.filterwarnings("ignore", message="SG(LD|HMC)|Variational")
         if isinstance(fitted.model, models.NeuralRegression):
             no_maximum = "NoPooling.adapt: the likelihood has no maximum"
-            for message in ("NUTS.adapt: the draws of task .* are poor", no_maximum):
+            for message in ("(NUTS|Pathfinder).adapt: the draws of task .* are poor", no_maximum):
                 warnings.filterwarnings("ignore", message=message)
         yield
 

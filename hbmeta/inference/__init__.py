@@ -14,6 +14,7 @@ from hbmeta.inference.latent_np import LatentNP
 from hbmeta.inference.maml import MAML
 from hbmeta.inference.meta_sgd import MetaSGD
 from hbmeta.inference.nuts import NUTS
+from hbmeta.inference.pathfinder import Pathfinder
 from hbmeta.inference.platipus import PLATIPUS
 from hbmeta.inference.pooling import CompletePooling, NoPooling
 from hbmeta.inference.proto_net import ProtoNet
@@ -43,6 +44,7 @@ __all__ = [
     "LatentNP",
     "MetaSGD",
     "NoPooling",
+    "Pathfinder",
     "ProtoNet",
     "Quadrature",
     "Reptile",

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ from hbmeta.joint_density import (
     Potential,
     check_gradient,
     log_density,
-    pack,
     staged_log_density,
     unpack,
 )
@@ -38,10 +36,11 @@ from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.staging import Tier
+from hbmeta.starts import from_noise, pathfinder_starts, spread_starts
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, Options, show_progress
 
-__all__ = ["NUTS", "log_density", "staged_log_density"]
+__all__ = ["NUTS", "log_density", "require_priors", "staged_log_density"]
 
 _MOST_DRAWS_OF_THETA = 1000
 # The pilot that tells which parametrisation is better, at most; its trees are cut at 2^7 steps.
@@ -71,6 +70,9 @@ class NUTS(Strategy):
             family whose m or s depends on θ: φ ("centered"), ε ("non-centered"), or the better of
             the two, per site, by a short pilot ("auto"). "as written" moves the program's
             own sites. Draws are always of φ; `info["parametrisation"]` says what was used.
+        initial: where chains start: "spread" within 1 of the priors' locations in unconstrained
+            space, or at draws of "pathfinder" (`hbmeta.pathfinder`), where the posterior is far
+            from there or the warm-up short.
     References:
         Hoffman, Gelman (2014), JMLR 15. Sampler: nutpie. Diagnostics: `hbmeta.mixing`.
         Parametrisation: `hbmeta.parametrisation`.
@@ -85,6 +87,7 @@ class NUTS(Strategy):
     max_tree_depth: int = 10
     processes: int | None = None
     parametrisation: Choice = "auto"
+    initial: Literal["spread", "pathfinder"] = "spread"
 
     def __post_init__(self) -> None:
         counts = (self.draws, self.chains, self.warmup, self.max_tree_depth)
@@ -108,18 +111,17 @@ class NUTS(Strategy):
                 found=repr(self.parametrisation),
                 do="Leave it out to have it chosen.",
             )
+        if self.initial not in ("spread", "pathfinder"):
+            raise DataError(
+                "NUTS",
+                needed="initial as 'spread' or 'pathfinder'",
+                found=repr(self.initial),
+                do="Leave it out for 'spread'.",
+            )
 
     def check(self, problem: Problem) -> None:
         """Every level-1 parameter needs a prior."""
-        free = [name for name, _ in problem.parameters()]
-        if free:
-            raise UnsupportedModelError(
-                self.name,
-                needed="a prior for every level-1 parameter",
-                found=f"module parameter {free[0]!r} without one",
-                do="Make it a pyro.sample site, fix it with requires_grad_(False), or use "
-                "AmortizedGuide.",
-            )
+        require_priors(problem, self.name)
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """Runs the chains on all rows of the tasks."""
@@ -153,7 +155,10 @@ class NUTS(Strategy):
             )
             drawn, t = unpack(problem, _like(problem, pilot.draws.flatten(0, 1)), batch.n_tasks)
             coordinates.choose({**theta, **drawn}, bool(drawn), t, batch)
-            starts = self._starts(problem, batch, theta, options.seed, potential, coordinates)
+            if self.initial == "pathfinder":
+                starts = from_noise(problem, batch, theta, coordinates, starts)
+            else:
+                starts = self._starts(problem, batch, theta, options.seed, potential, coordinates)
         found = run(
             starts,
             draws=self.draws,
@@ -172,21 +177,12 @@ class NUTS(Strategy):
         potential: Potential,
         coordinates: Coordinates | None,
     ) -> Tensor:
-        """Spread around the priors' locations, halving the spread until the density is finite."""
-        place = problem.location if coordinates is None else coordinates.start
-        with torch.no_grad():
-            centre = pack(problem, theta, place(theta, batch)).double().cpu()
-        generator = torch.Generator().manual_seed(seed)
-        rows = []
-        for _ in range(self.chains):
-            jitter = 2 * torch.rand(centre.shape, generator=generator, dtype=torch.float64) - 1
-            for _ in range(12):
-                value, gradient = potential(centre + jitter)
-                if math.isfinite(float(value)) and bool(torch.isfinite(gradient).all()):
-                    break
-                jitter = jitter / 2
-            rows.append(centre + jitter)
-        return torch.stack(rows)
+        """As `initial` says; see `hbmeta.starts`."""
+        given = (problem, batch, theta, potential, coordinates)
+        if self.initial == "spread":
+            return spread_starts(*given, count=self.chains, seed=seed)
+        where = f"{self.name}.fit"
+        return pathfinder_starts(*given, count=self.chains, seed=seed, where=where)
 
     def _learned(
         self,
@@ -282,6 +278,19 @@ class NUTS(Strategy):
             )
         return TaskPosterior(
             problem, theta, found, support, drawn=True, info=info, units=fitted.units
+        )
+
+
+def require_priors(problem: Problem, where: str) -> None:
+    """Raises UnsupportedModelError where a parameter of the module has no prior to draw it by."""
+    free = [name for name, _ in problem.parameters()]
+    if free:
+        raise UnsupportedModelError(
+            where,
+            needed="a prior for every level-1 parameter",
+            found=f"module parameter {free[0]!r} without one",
+            do="Make it a pyro.sample site, fix it with requires_grad_(False), or use "
+            "AmortizedGuide.",
         )
 
 
