@@ -246,7 +246,7 @@ class Coordinates:
     ) -> tuple[Tensor, Tensor]:
         """`phi` for draws: (draws, tasks, phi_size) and (draws,)."""
         found: tuple[Tensor, Tensor] = self.problem.over(
-            lambda t, c: self.phi(t, c, batch), theta, drawn, coordinates
+            lambda t, c: self.phi(t, c, batch), theta, drawn, coordinates, batch
         )
         return found
 
