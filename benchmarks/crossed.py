@@ -26,6 +26,9 @@ import scipy.linalg
 import scipy.optimize
 import scipy.sparse
 
+from benchmarks.scale_program import Ratings
+from hbmeta.tasks import Tasks
+
 __all__ = ["Crossed", "Estimate"]
 
 Vector = npt.NDArray[np.float64]
@@ -75,6 +78,18 @@ class Crossed:
         self.counts = np.asarray(student.sum(0)).ravel()
         self.across = student.T @ rest
         self.within = (rest.T @ rest).toarray()
+
+    @classmethod
+    def of_ratings(cls, program: Ratings, tasks: Tasks) -> Crossed:
+        """Those of the ratings of some students."""
+        assert tasks.flat_y is not None
+        x = tasks.flat_x.numpy()
+        return cls(
+            tasks.flat_y.numpy(),
+            np.column_stack([np.ones(len(x)), x[:, 0]]),
+            (tasks.task.numpy(), x[:, 1].astype(int), x[:, 2].astype(int)),
+            (tasks.n_tasks, program.lecturers, program.departments),
+        )
 
     def _factor(self, ratios: Vector) -> tuple[Vector, Vector, Vector]:
         """Diagonal of the students' block, and the factor of all else, y last; by Schur."""

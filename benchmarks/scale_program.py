@@ -17,15 +17,17 @@ from pathlib import Path
 import pandas as pd
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from hbmeta.tasks import Tasks, from_frame
 
 LECTURERS, DEPARTMENTS = 1128, 14
 COLUMNS = ("service", "lecturer", "department")
+FIXED = ("mu", "beta")
 SCALES = ("tau_student", "tau_lecturer", "tau_department", "sigma")
 
-__all__ = ["COLUMNS", "SCALES", "Ratings", "read_ratings"]
+__all__ = ["COLUMNS", "FIXED", "SCALES", "Ratings", "part_of", "read_ratings"]
 
 
 class Ratings:
@@ -66,3 +68,18 @@ def read_ratings(folder: Path) -> Tasks:
     for name, column in (("lecturer", "d"), ("department", "dept")):
         frame[name] = frame[column].rank(method="dense").astype(int) - 1
     return from_frame(frame, group="s", x=list(COLUMNS), y="y").support
+
+
+def part_of(tasks: Tasks, ratings: int, seed: int) -> tuple[Tasks, Ratings]:
+    """The students that a shuffle puts first, with about so many ratings, and their lecturers."""
+    order = torch.randperm(tasks.n_tasks, generator=torch.Generator().manual_seed(seed))
+    enough = int((tasks.counts[order].cumsum(0) < ratings).sum()) + 1
+    some = tasks[order[:enough].sort().values]
+    assert some.flat_y is not None
+    labels, position = torch.unique(some.flat_x[:, 1], return_inverse=True)
+    x = some.flat_x.clone()
+    x[:, 1] = position.to(x)
+    found = Tasks.from_flat(
+        x, some.flat_y, some.task, some.n_tasks, ids=some.ids, features=some.features
+    )
+    return found, Ratings(len(labels))

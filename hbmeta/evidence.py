@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hbmeta.optimisation import minimise
+from hbmeta.optimisation import Minimum, minimise
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.training import Learned, Options, prior_scales
@@ -26,7 +26,7 @@ _POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma",
 # A slope of this many nats per row is no rounding.
 _STEEP = 1e-3
 
-__all__ = ["maximise_evidence"]
+__all__ = ["maximise_evidence", "scales_at_zero", "warn_of_search"]
 
 
 def maximise_evidence(
@@ -85,14 +85,8 @@ def maximise_evidence(
         beside=None if beside is None else lambda vector: others(unpack(vector)),
     )
     theta = {name: value.detach() for name, value in unpack(found.point).items()}
-    if not found.converged and found.steepest > _STEEP:
-        warnings.warn(
-            f"{where}: the search for θ stopped where the evidence still rises "
-            f"({found.steepest:.2g} nats per row and unit of a prior's scale). Standardise x "
-            "and y, or use float64.",
-            stacklevel=4,
-        )
-    at_zero = _at_zero(problem, theta, start)
+    warn_of_search(found, where)
+    at_zero = scales_at_zero(problem, theta, start)
     if at_zero:
         warnings.warn(
             f"{where}: the estimate of {', '.join(at_zero)} is zero: the data show no variation "
@@ -120,11 +114,23 @@ def _learned(
     return Learned(theta, info=info, seconds_staging=seconds)
 
 
-def _at_zero(problem: Problem, theta: Theta, start: Theta) -> list[str]:
-    """Positive level-1 sites that fell to zero against where they started."""
+def warn_of_search(found: Minimum, where: str) -> None:
+    """Says so where a search for θ stopped before the maximum."""
+    if not found.converged and found.steepest > _STEEP:
+        warnings.warn(
+            f"{where}: the search for θ stopped where the evidence still rises "
+            f"({found.steepest:.2g} nats per row and unit of a prior's scale). Standardise x "
+            "and y, or use float64.",
+            stacklevel=5,
+        )
+
+
+def scales_at_zero(problem: Problem, theta: Theta, start: Theta) -> list[str]:
+    """Positive level-1 sites among θ that fell to zero against where they started."""
     return [
         site.name
         for site in problem.sites.globals
         if site.family in _POSITIVE
+        and site.name in theta
         and float((theta[site.name] - start[site.name]).min()) < math.log(_AT_ZERO)
     ]

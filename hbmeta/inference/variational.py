@@ -28,6 +28,7 @@ from hbmeta.families import Diagonal, Family, FlowFamily, Frame, FullRank, LowRa
 from hbmeta.feeding import training_tasks
 from hbmeta.fitted import Fitted
 from hbmeta.inference.amortized_guide import AmortizedGuide, require_proper_prior
+from hbmeta.inference.crossed_laplace import refuse_effects_at_a_point
 from hbmeta.inference.strategy import Strategy
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
@@ -86,7 +87,8 @@ class Variational(Strategy):
             "renyi" (of order `alpha`).
         draws: per task and step.
         alpha: order of the Rényi bound: 1 is the ELBO, 0 is "iwae".
-        theta: "point", or "distribution": q(θ) full up to 64 global values, else diagonal.
+        theta: "point", or "distribution": q(θ) full up to 64 global values, else diagonal, with φ
+            linear in the short sites alone and no search after `steps`.
         amortized: train an `AmortizedGuide` for θ and for where q starts, and search from there on
             for each task (semi-amortized). See `refine` for a guide that is fitted already.
         steps: of the search for a task's q: Newton steps, or Adam's for a flow and for bounds other
@@ -99,7 +101,8 @@ class Variational(Strategy):
         encoder: settings of the `AmortizedGuide` where `amortized`; None for its defaults.
     Raises:
         UnsupportedModelError: a flat task prior; too many parameters per task for the family; no
-            global site for theta="distribution".
+            global site for theta="distribution"; effects of level 1 whose scale is of level 1 too
+            for theta="point".
         DataError: a setting that cannot be used.
     References:
         Kingma, Welling (2014), ICLR; Roeder et al. (2017), NeurIPS, for gradients; Burda et al.
@@ -186,7 +189,9 @@ class Variational(Strategy):
                 found=f"rank {self.rank} with {size}",
                 do="Lower rank, or use family='full'.",
             )
-        if self.theta == "distribution" and not problem.sites.globals:
+        if self.theta == "point":
+            refuse_effects_at_a_point(problem, (), self.name)
+        elif not problem.sites.globals:
             raise UnsupportedModelError(
                 self.name,
                 needed="global sites to have a distribution",

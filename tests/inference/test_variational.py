@@ -210,6 +210,39 @@ def test_a_distribution_of_theta_is_exact_where_all_is_gaussian():
     np.testing.assert_allclose(covariance.numpy(), wanted, atol=1e-6, rtol=0)
 
 
+def effects(x, y=None):
+    """μ and 70 level-1 values, more than have a full q(θ), beside one φ per task."""
+    mu = pyro.sample("mu", dist.Normal(0.0, MU_SD))
+    shared = pyro.sample("shared", dist.Normal(torch.zeros(70).to(x), PHI_SD).to_event(1))
+    with pyro.plate("task", x.shape[0], dim=-2):
+        phi = pyro.sample("phi", dist.Normal(mu, PHI_SD))
+        with pyro.plate("point", x.shape[1], dim=-1):
+            mean = phi + shared[x[..., 0].long()]
+            return pyro.sample("y", dist.Normal(mean, NOISE), obs=y)
+
+
+def test_a_long_theta_has_no_slope_for_every_value():
+    """φ stays linear in μ; q of what is seen once is that of its own posterior given the rest.
+
+    Every value of `shared` is seen once: precision 1/0.8² + 1/0.5² given φ. 5 % is the rest of
+    Adam's noise; it is seeded.
+    """
+    rng = np.random.default_rng(0)
+    x = np.arange(70.0).reshape(7, 10, 1)
+    tasks = Tasks(x, rng.normal(0, 1.5, (7, 10)))
+    strategy = Variational(theta="distribution")
+    fitted = strategy.fit(effects, tasks, steps=600, compile=False, progress=False)
+    assert fitted.own.slope.shape == (7, 1, 1)
+    assert fitted.own.theta_scale.shape == (71,)
+    sd = (1 / PHI_SD**2 + 1 / NOISE**2) ** -0.5
+    assert float(fitted.own.theta_scale[1:].mean()) == pytest.approx(sd, rel=0.05)
+    residual = tasks.y - fitted.own.loc[:, :1]
+    wanted = (residual / NOISE**2 * sd**2).flatten()
+    assert float((fitted.own.theta_loc[1:] - wanted).abs().mean()) < 0.1 * sd
+    assert math.isfinite(fitted.info["bound"])
+    assert "residual" not in fitted.info
+
+
 def test_its_draws_are_pairs_of_theta_and_phi():
     """1,000 draws: means within 4.5 standard errors, 5 of them: a false alarm at 3e-5.
 
