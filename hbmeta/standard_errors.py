@@ -156,6 +156,13 @@ def _check(fitted: Fitted, where: str) -> None:
             found=strategy.name + (f" with {problem.sites.phi_size} of them" if large else ""),
             do="Fit Laplace to the same program, or NUTS for the posterior of θ.",
         )
+    if fitted.drawn:
+        raise UnsupportedModelError(
+            where,
+            needed="a θ that is held at a point as a whole",
+            found=f"draws of it, integrated={getattr(strategy, 'integrated', ())!r}",
+            do="Their spread is that of the integrated sites; NUTS has that of the others too.",
+        )
     size = sum(value.numel() for value in fitted.theta.values())
     if not 1 <= size <= _MOST:
         raise UnsupportedModelError(

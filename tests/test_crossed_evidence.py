@@ -56,7 +56,7 @@ def energy(psi, m, tasks):
 def dense(psi, tasks):
     """E(ψ), the mode and H, by Newton's method with the whole Hessian."""
     m = torch.zeros(1 + ITEMS + 2 * PERSONS, dtype=torch.float64)
-    for _ in range(30):
+    for _ in range(8):
         gradient = torch.autograd.functional.jacobian(lambda v: energy(psi, v, tasks), m)
         hessian = torch.autograd.functional.hessian(lambda v: energy(psi, v, tasks), m)
         m = m - torch.linalg.solve(hessian, gradient)

@@ -1114,6 +1114,15 @@ def item_effects(x, y=None):
 
 
 LAPLACE = [
+    kind(
+        "numbers for every task of an endless source",
+        "LinearTasks, which draws new ones",
+        lambda _: Variational().fit(
+            models.LinearRegression(),
+            tasks.LinearTasks([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], noise=0.3, shots=4, queries=4),
+        ),
+        "AmortizedGuide",
+    ),
     kind("a curvature by another name", "'hessian'", lambda _: Laplace("hessian"), "'ggn'"),
     kind("damping below zero", "-1.0", lambda _: Laplace(damping=-1.0), "None"),
     kind(

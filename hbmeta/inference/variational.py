@@ -33,8 +33,9 @@ from hbmeta.inference.strategy import Strategy
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
-from hbmeta.tasks import Tasks
-from hbmeta.training import Learned, Options, train
+from hbmeta.resuming import Checkpoint
+from hbmeta.tasks import Episode, Tasks, TaskSet
+from hbmeta.training import Learned, Options, identity, train
 from hbmeta.variational import (
     Bound,
     JointDensity,
@@ -103,7 +104,7 @@ class Variational(Strategy):
         UnsupportedModelError: a flat task prior; too many parameters per task for the family; no
             global site for theta="distribution"; effects of level 1 whose scale is of level 1 too
             for theta="point".
-        DataError: a setting that cannot be used.
+        DataError: a setting that cannot be used, or a source of tasks (unless `amortized`).
     References:
         Kingma, Welling (2014), ICLR; Roeder et al. (2017), NeurIPS, for gradients; Burda et al.
         (2016), ICLR; Li, Turner (2016), NeurIPS; Tucker et al. (2019), ICLR; Giordano et al.
@@ -124,7 +125,7 @@ class Variational(Strategy):
     fixed_draws: int = 128
     step_size: float = 0.02
     hidden: int = 16
-    encoder: dict[str, Any] | None = None
+    encoder: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         whole = {"rank": 1, "draws": 1, "fixed_draws": 2, "hidden": 1}
@@ -293,11 +294,26 @@ class Variational(Strategy):
     # -- θ ----------------------------------------------------------------------------------------
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
-        """θ and every λ_i; see the class. Of a source a first sample of tasks is what is seen."""
+        """θ and every λ_i; see the class.
+
+        Raises:
+            DataError: a source of tasks, of which every one would have a λ_i of its own.
+        """
         if self.amortized:
             return train(self._guide(problem), problem, data, options)
+        if not isinstance(data, Tasks | Episode | TaskSet):
+            raise DataError(
+                f"{self.name}.fit",
+                needed="tasks that are there at every step: each has numbers of its own",
+                found=f"{type(data).__name__}, which draws new ones without end",
+                do="Pass source.sample(n, seed=0).all, or use amortized=True or AmortizedGuide.",
+            )
         tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
         options = _checked(options, tasks.n_tasks)
+        if options.checkpoint is not None:
+            whose = identity(options, self, problem, tasks)
+            on = Checkpoint(options.checkpoint, whose)
+            options = dataclasses.replace(options, checkpoint=on)
         if self.theta == "distribution":
             return learn_distribution(
                 self.name,

@@ -11,6 +11,7 @@ import torch
 import hbmeta as hb
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.inference import Laplace, Variational
+from hbmeta.standard_errors import standard_errors
 from hbmeta.tasks import Tasks
 
 PERSONS, ITEMS, ROWS = 8, 5, 150
@@ -117,8 +118,13 @@ def test_effects_at_a_point_are_refused(strategy):
 
 
 def test_settings_that_cannot_go_together():
-    with pytest.raises(DataError, match="'rows'.*φ is integrated out"):
+    with pytest.raises(DataError, match=r"'rows'.*φ is integrated out"):
         Laplace(integrated=("item", "rows")).fit(ratings, data(), compile=False)
     for other in ({"prior": False}, {"curvature": "ggn"}, {"damping": 0.1}):
         with pytest.raises(DataError, match="integrated"):
             Laplace(integrated=INTEGRATED, **other)
+
+
+def test_standard_errors_want_a_point(fitted):
+    with pytest.raises(UnsupportedModelError, match="draws of it.*'item'"):
+        standard_errors(fitted)

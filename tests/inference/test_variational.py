@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import hbmeta
+from hbmeta.errors import FileError
 from hbmeta.families import Flow, LowRank
 from hbmeta.inference import AmortizedGuide, ExactLinear, Variational
 from hbmeta.tasks import Tasks
 from hbmeta.variational import Bound
 from tests.cases import case
+from tests.test_training import interrupted_and_resumed, same_bits
 
 LINEAR = ("linear_own_nested", "linear_own_flat")
 
@@ -432,3 +434,29 @@ def test_counts_under_a_wide_prior_do_not_overflow():
     total = data.y.sum(-1)
     torch.testing.assert_close(density.loc[:, 0], (total / 6).log(), rtol=0, atol=0.05)
     torch.testing.assert_close(density.sd[:, 0], total.rsqrt(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("theta", ["point", "distribution"])
+@pytest.mark.parametrize("tasks_per_step", [None, 2])
+def test_an_interrupted_fit_resumes_to_the_same_bits(theta, tasks_per_step, tmp_path, monkeypatch):
+    strategy, path = Variational(theta=theta), tmp_path / "checkpoint.safetensors"
+    settings = {"steps": 25, "tasks_per_step": tasks_per_step, "compile": False, "progress": False}
+    with warnings.catch_warnings():
+        # 25 steps of minibatches are few.
+        warnings.simplefilter("ignore")
+        whole = strategy.fit(normal_means, means_data(), **settings)
+        resumed = interrupted_and_resumed(
+            strategy, normal_means, means_data(), path, monkeypatch, **settings
+        )
+    same_bits(resumed, whole)
+    with pytest.raises(FileError, match="the checkpoint of this very fit"):
+        Variational(theta=theta, draws=9).fit(
+            normal_means, means_data(), checkpoint=path, **settings
+        )
+
+
+def test_settings_of_an_encoder_do_not_cost_the_hash():
+    one, other = (Variational(amortized=True, encoder={"hidden": 4}) for _ in range(2))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != Variational(amortized=True, encoder={"hidden": 5})
