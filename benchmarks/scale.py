@@ -63,7 +63,7 @@ class Size:
     steps: int = 2000
     known: int = 1000
     groups: int = 100_000
-    guide_steps: int = 3000
+    guide_steps: int = 2000
     compile: bool | str = "auto"
 
 
@@ -74,6 +74,8 @@ class Fit:
     Attributes:
         name: of the strategy.
         seconds: of the fit, compiling included.
+        cpu: seconds of processors, of this process and its children: what `seconds` would be at
+            most on one idle core.
         megabytes: largest resident memory of the process.
         parameters: mean and standard deviation of μ, β and the scales.
         students: mean and standard deviation of every student's effect.
@@ -82,6 +84,7 @@ class Fit:
 
     name: str
     seconds: float
+    cpu: float
     megabytes: float
     parameters: dict[str, tuple[float, float]]
     students: tuple[list[float], list[float]]
@@ -95,6 +98,7 @@ class Adapted:
     Attributes:
         groups: number of them, with `rows` rows.
         seconds: by step.
+        cpu: seconds of processors, by step.
         megabytes: largest resident memory of the process.
         shift: root mean square and largest shift of the means, in exact posterior sds.
         ratio: smallest and largest ratio of the sds, over the groups compared.
@@ -103,9 +107,16 @@ class Adapted:
     groups: int
     rows: int
     seconds: dict[str, float]
+    cpu: dict[str, float]
     megabytes: float
     shift: tuple[float, float]
     ratio: tuple[float, float]
+
+
+def cpu_seconds() -> float:
+    """Of this process and its ended children so far."""
+    used = (resource.getrusage(one) for one in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def megabytes() -> float:
@@ -161,15 +172,16 @@ def strategies(size: Size) -> dict[str, tuple[Any, Callable[[Fitted], str]]]:
 def fit_ratings(name: str, program: Ratings, tasks: Tasks, size: Size) -> Fit:
     """The ratings by one strategy."""
     strategy, told = strategies(size)[name]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), cpu_seconds()
     fitted = strategy.fit(
         program, tasks, steps=size.steps, seed=SEED, compile=size.compile, progress=False
     )
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
     mean, sd = fitted.posterior.moments()["student"]
     return Fit(
         name,
         seconds,
+        cpu,
         megabytes(),
         {n: _moments(fitted.globals()[n]) for n in (*FIXED, *SCALES)},
         (_short(mean), _short(sd)),
@@ -189,13 +201,14 @@ def _short(values: Any) -> list[float]:
 
 def likelihood(program: Ratings, tasks: Tasks) -> Fit:
     """The maximum of the likelihood, and the students' effects given it."""
-    start = time.perf_counter()
+    start, before = time.perf_counter(), cpu_seconds()
     crossed = Crossed.of_ratings(program, tasks)
     found = crossed.maximum()
     values = [*found.fixed, *found.scales]
     return Fit(
         "maximum likelihood",
         time.perf_counter() - start,
+        cpu_seconds() - before,
         megabytes(),
         {n: (float(v), math.nan) for n, v in zip((*FIXED, *SCALES), values, strict=True)},
         (_short(found.students), _short(found.students_sd)),
@@ -225,16 +238,16 @@ def table(fits: Mapping[str, Fit]) -> str:
     """What each found, and how far it is from NUTS."""
     names = (*FIXED, *SCALES)
     lines = [
-        f"| | seconds | MiB | {' | '.join(names)} |",
-        f"|---|---|---|{'---|' * len(names)}",
+        f"| | seconds | CPU seconds | MiB | {' | '.join(names)} |",
+        f"|---|---|---|---|{'---|' * len(names)}",
     ]
     for fit in fits.values():
         cells = [
             f"{mean:.4f}" + ("" if math.isnan(sd) else f" ± {sd:.4f}")
             for mean, sd in fit.parameters.values()
         ]
-        row = f"| {fit.name} | {fit.seconds:.0f} | {fit.megabytes:.0f} | {' | '.join(cells)} |"
-        lines.append(row)
+        used = [f"{value:.0f}" for value in (fit.seconds, fit.cpu, fit.megabytes)]
+        lines.append(f"| {' | '.join([fit.name, *used, *cells])} |")
     reference = fits.get("NUTS")
     if reference is not None:
         lines += [
@@ -298,11 +311,12 @@ def exact_moments(fitted: Fitted, tasks: Tasks) -> tuple[Tensor, Tensor]:
 def adapt_many(size: Size, compared: int = 1000) -> Adapted:
     """Trains the guide, and adapts it to new groups from a data frame."""
     seconds: dict[str, float] = {}
+    cpu: dict[str, float] = {}
 
     def timed(what: str, call: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), cpu_seconds()
         found = call()
-        seconds[what] = time.perf_counter() - start
+        seconds[what], cpu[what] = time.perf_counter() - start, cpu_seconds() - before
         return found
 
     known = from_frame(groups_frame(size.known, SEED), group="group", x="x", y="y")
@@ -332,6 +346,7 @@ def adapt_many(size: Size, compared: int = 1000) -> Adapted:
         new.n_tasks,
         new.n_points,
         seconds,
+        cpu,
         used,
         (float(shift.square().mean().sqrt()), float(shift.abs().max())),
         (float(ratio.min()), float(ratio.max())),
@@ -341,7 +356,10 @@ def adapt_many(size: Size, compared: int = 1000) -> Adapted:
 def report(found: Adapted) -> str:
     """In sentences."""
     whole = sum(found.seconds[name] for name in ("from_frame", "adapt"))
-    steps = ", ".join(f"{name} {value:.1f} s" for name, value in found.seconds.items())
+    steps = ", ".join(
+        f"{name} {value:.1f} s ({found.cpu[name]:.1f} of a processor)"
+        for name, value in found.seconds.items()
+    )
     return "\n".join(
         [
             f"- {found.groups:,} groups, {found.rows:,} rows: {steps}; {found.megabytes:.0f} MiB",

@@ -126,5 +126,5 @@ def test_settings_that_cannot_go_together():
 
 
 def test_standard_errors_want_a_point(fitted):
-    with pytest.raises(UnsupportedModelError, match="draws of it.*'item'"):
+    with pytest.raises(UnsupportedModelError, match=r"draws of it.*'item'"):
         standard_errors(fitted)
