@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hbmeta.optimisation import minimise
+from hbmeta.optimisation import Minimum, minimise
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.training import Learned, Options, prior_scales
@@ -28,7 +28,7 @@ _POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma",
 # A slope of this many nats per row is no rounding.
 _STEEP = 1e-3
 
-__all__ = ["maximise_evidence"]
+__all__ = ["maximise_evidence", "warn_of_search"]
 
 
 def maximise_evidence(
@@ -92,13 +92,7 @@ def maximise_evidence(
         beside=None if beside is None else lambda vector: others(unpack(vector)),
     )
     theta = {name: value.detach() for name, value in unpack(found.point).items()}
-    if not found.converged and found.steepest > _STEEP:
-        warnings.warn(
-            f"{where}: the search for θ stopped where the evidence still rises "
-            f"({found.steepest:.2g} nats per row and unit of a prior's scale). Standardise x "
-            "and y, or use float64.",
-            stacklevel=4,
-        )
+    warn_of_search(found, where)
     value = total(theta)
     at_zero = _at_zero(problem, theta, start, value, total)
     if at_zero:
@@ -119,6 +113,17 @@ def _learned(
 ) -> Learned:
     info = {"log_evidence": log_evidence, "at_zero": at_zero, "converged": converged}
     return Learned(theta, info=info, seconds_staging=seconds)
+
+
+def warn_of_search(found: Minimum, where: str) -> None:
+    """Says so where a search for θ stopped before the maximum."""
+    if not found.converged and found.steepest > _STEEP:
+        warnings.warn(
+            f"{where}: the search for θ stopped where the evidence still rises "
+            f"({found.steepest:.2g} nats per row and unit of a prior's scale). Standardise x "
+            "and y, or use float64.",
+            stacklevel=5,
+        )
 
 
 def _at_zero(

@@ -301,8 +301,9 @@ def taken(batch: Batch, chosen: Tensor) -> Batch:
 def _take(batch: Batch, given: Tensor | None, chosen: Tensor) -> tuple[Batch, Tensor | None]:
     """Some tasks of a batch, in the same shape at every call.
 
-    Flat rows keep the whole length: rows of other tasks stay as masked rows of task 0, because a
-    length that changed from step to step would be traced anew each time.
+    Flat rows are padded with masked rows of task 0 to a length that random tasks of that number
+    seldom reach, and to the largest that they can have where they do: a length that changed from
+    step to step would be traced anew each time.
     """
     n = chosen.shape[0]
     if batch.task is None:
@@ -311,6 +312,27 @@ def _take(batch: Batch, given: Tensor | None, chosen: Tensor) -> tuple[Batch, Te
         return taken, None if given is None else given[chosen]
     position = torch.full((batch.n_tasks,), -1, dtype=torch.int64, device=batch.x.device)
     position[chosen] = torch.arange(n, device=batch.x.device)
-    task = position[batch.task]
-    weight = batch.weight * (task >= 0)
-    return Batch(batch.x, batch.y, weight, task.clamp_min(0), n), given
+    rows = (position[batch.task] >= 0).nonzero().squeeze(1)
+    short = _length(batch, n, rows.shape[0]) - rows.shape[0]
+    rows = torch.nn.functional.pad(rows, (0, short))
+    real = torch.ones_like(batch.weight[rows])
+    real[real.shape[0] - short :] = 0
+    part = Batch(
+        _in_order_of(batch.x, batch.x[rows]),
+        None if batch.y is None else batch.y[rows],
+        batch.weight[rows] * real,
+        torch.where(real > 0, position[batch.task[rows]], 0),
+        n,
+    )
+    return part, None if given is None else given[rows]
+
+
+def _length(batch: Batch, n: int, needed: int) -> int:
+    """Rows of n tasks: five standard deviations above the mean of random ones, or their most."""
+    assert batch.task is not None
+    sizes = torch.bincount(batch.task, minlength=batch.n_tasks)
+    most = int(sizes.topk(n).values.sum())
+    usual = (
+        n * float(sizes.double().mean()) + 5 * (n * float(sizes.double().var(correction=0))) ** 0.5
+    )
+    return max(most if needed > usual else min(most, _rounded(int(usual))), 1)

@@ -64,7 +64,7 @@ _DRAWS = 16
 # Curvature in ε below this is flat; the prior's own is 1.
 _LEAST = 1e-2
 
-__all__ = ["CHOICES", "Choice", "Coordinates", "choosable_sites"]
+__all__ = ["CHOICES", "Choice", "Coordinates", "choosable_sites", "shared_effects"]
 
 
 class _Affine(NamedTuple):
@@ -147,16 +147,19 @@ class _Place(Messenger):
 
 
 class _Probe(Messenger):
-    """Records the sites whose location or scale depends on another latent."""
+    """Records the sites whose location or scale, or scale alone, depends on another latent."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.scaled: list[str] = []
 
     def _pyro_sample(self, message: Any) -> None:
         affine = None if message["is_observed"] else _affine(message["fn"])
         if affine is not None and (affine.loc.requires_grad or affine.scale.requires_grad):
             self.found.append(message["name"])
+        if affine is not None and affine.scale.requires_grad:
+            self.scaled.append(message["name"])
 
 
 def choosable_sites(problem: Problem, batch: Batch) -> tuple[str, ...]:
@@ -169,6 +172,16 @@ def choosable_sites(problem: Problem, batch: Batch) -> tuple[str, ...]:
     with torch.enable_grad(), probe:
         problem.run(theta, problem.sites.from_vector(phi.requires_grad_()), batch, with_y=False)
     return tuple(site.name for site in problem.sites.locals if site.name in probe.found)
+
+
+def shared_effects(problem: Problem) -> tuple[str, ...]:
+    """Level-1 sites whose scale is a function of other level-1 sites, as of crossed effects."""
+    batch = problem.one_row()
+    theta = {name: value.requires_grad_() for name, value in problem.theta(batch).items()}
+    probe = _Probe()
+    with torch.enable_grad(), probe:
+        problem.run(theta, {}, batch, with_y=False)
+    return tuple(site.name for site in problem.sites.globals if site.name in probe.scaled)
 
 
 class Coordinates:
@@ -246,7 +259,7 @@ class Coordinates:
     ) -> tuple[Tensor, Tensor]:
         """`phi` for draws: (draws, tasks, phi_size) and (draws,)."""
         found: tuple[Tensor, Tensor] = self.problem.over(
-            lambda t, c: self.phi(t, c, batch), theta, drawn, coordinates
+            lambda t, c: self.phi(t, c, batch), theta, drawn, coordinates, batch
         )
         return found
 

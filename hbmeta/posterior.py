@@ -332,8 +332,16 @@ class TaskPosterior:
                 do="Use posterior.select(ids), and the columns of the fit in their order.",
             )
         tasks = tasks.to(device=self.problem.device, dtype=self.problem.dtype)
-        particles = self.particles(draws, seed)
         units = {"location": self.units.location, "scale": self.units.scale, "seed": seed}
+        plain = self.problem.layout != "joint" and self.problem.classes is None
+        if plain:
+            # Before any draw: 1,000 of 100,000 tasks take half a minute.
+            exact = linear_gaussian(self.problem, self.theta, self.density, tasks, self.support)
+            if exact is not None:
+                return Predictive(
+                    exact, tasks, joint=exact.joint, joint_sample=exact.sample, **units
+                )  # type: ignore[arg-type]
+        particles = self.particles(draws, seed)
         if tasks.n_points and self.problem.layout == "joint":
             functions = Functions(self.problem, particles, self.support, tasks)
             return Predictive(
@@ -346,9 +354,6 @@ class TaskPosterior:
             )
         if tasks.n_points and self.problem.classes is not None:
             return self._predict_classes(particles, tasks, seed)
-        exact = linear_gaussian(self.problem, self.theta, self.density, tasks, self.support)
-        if exact is not None:
-            return Predictive(exact, tasks, joint=exact.joint, joint_sample=exact.sample, **units)  # type: ignore[arg-type]
         mixture = Mixture(self.problem, particles, tasks, self.support)
         return Predictive(mixture, tasks, log_weights=particles.log_weights, **units)  # type: ignore[arg-type]
 

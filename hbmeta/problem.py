@@ -42,6 +42,9 @@ from hbmeta.tasks import Tasks
 # not (radon: 9,860 cells for 919 rows); the flat layout's scatter costs about a quarter more per
 # row.
 _PADDING_WORTH = 1.25
+# Draws are mapped over the program so many cells at a time: 4,000 draws of 73,421 rows would be
+# 2.3 GB for every intermediate.
+_CELLS = 4_000_000
 
 __all__ = ["Problem"]
 
@@ -318,7 +321,7 @@ class Problem:
     ) -> dict[str, Tensor]:
         """`values` for particles: phi (draws, tasks, phi_size); θ too has a first axis if drawn."""
         found: dict[str, Tensor] = self.over(
-            lambda t, p: self.values(t, p, batch), theta, drawn, phi
+            lambda t, p: self.values(t, p, batch), theta, drawn, phi, batch
         )
         return found
 
@@ -326,7 +329,9 @@ class Problem:
         self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch
     ) -> Tensor:
         """(draws, tasks) log p(y | φ, θ)."""
-        found: Tensor = self.over(lambda t, p: self.log_likelihood(t, p, batch), theta, drawn, phi)
+        found: Tensor = self.over(
+            lambda t, p: self.log_likelihood(t, p, batch), theta, drawn, phi, batch
+        )
         return found
 
     def particle_cells(self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch) -> Tensor:
@@ -361,9 +366,22 @@ class Problem:
         tensors = self.over(apart, theta, drawn, phi)
         return rebuild(kept["spec"], tensors)
 
-    def over(self, function: Any, theta: Theta, drawn: bool, phi: Tensor) -> Any:
-        """`function(theta, phi)` for every draw, mapped over the program, without gradients."""
+    def over(
+        self, function: Any, theta: Theta, drawn: bool, phi: Tensor, batch: Batch | None = None
+    ) -> Any:
+        """`function(theta, phi)` for every draw, mapped over the program, without gradients.
+
+        Args:
+            function: of θ and φ (tasks, phi_size) to a tree of tensors.
+            theta: global sites with a first axis of draws if `drawn`.
+            drawn: whether they have.
+            phi: (draws, tasks, phi_size).
+            batch: what the program runs on, for a function whose results are smaller than that:
+                draws are then taken a part at a time.
+        """
+        size = None if batch is None else max(1, _CELLS // max(batch.weight.numel(), 1))
         drawn_names = {site.name for site in self.sites.globals} if drawn else set()
         axes = {name: 0 if name in drawn_names else None for name in theta}
         with torch.no_grad():
-            return torch.vmap(function, in_dims=(axes, 0), randomness="error")(dict(theta), phi)
+            mapped = torch.vmap(function, in_dims=(axes, 0), randomness="error", chunk_size=size)
+            return mapped(dict(theta), phi)

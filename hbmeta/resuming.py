@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,12 @@ class Checkpoint:
         losses: Tensor,
         noise: torch.Generator,
     ) -> None:
-        """Writes the state after `len(losses)` steps, all at once or not at all."""
+        """Writes parameters and the optimiser's state; see `keep`."""
         tensors = {f"free/{name}": value for name, value in free.items()}
         for name, value in free.items():
             for key in _MOMENTS:
                 tensors[f"adam/{key}/{name}"] = torch.as_tensor(optimizer.state[value][key])
-        tensors["losses"] = losses
-        tensors["generator"] = noise.get_state()
-        write_tensors(self.path, tensors, {"kind": "checkpoint", **self.identity})
+        self.keep(tensors, losses, noise)
 
     def resume(
         self,
@@ -70,30 +68,50 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         noise: torch.Generator,
     ) -> Tensor:
-        """Takes up the saved state, where there is one; the losses of the steps already done.
+        """Takes up what `save` wrote, where there is something; the losses of the steps done.
 
         Raises:
             FileError: the file is damaged, or belongs to another fit.
         """
+        names = {f"adam/{key}/{name}" for name in free for key in _MOMENTS}
+        tensors, losses = self.take_up(names | {f"free/{name}" for name in free}, noise)
+        if tensors:
+            with torch.no_grad():
+                for name, value in free.items():
+                    value.copy_(tensors[f"free/{name}"])
+                    optimizer.state[value] = {
+                        key: tensors[f"adam/{key}/{name}"].clone() for key in _MOMENTS
+                    }
+        return losses
+
+    def keep(self, state: Mapping[str, Tensor], losses: Tensor, noise: torch.Generator) -> None:
+        """Writes the state after `len(losses)` steps, all at once or not at all."""
+        tensors = {**state, "losses": losses, "generator": noise.get_state()}
+        write_tensors(self.path, tensors, {"kind": "checkpoint", **self.identity})
+
+    def take_up(
+        self, names: Collection[str], noise: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What `keep` wrote and its losses, both empty without a file; sets the noise back.
+
+        Args:
+            names: of the state's tensors.
+            noise: the generator of the fit.
+        Raises:
+            FileError: the file is damaged, or belongs to another fit.
+        """
         if not Path(self.path).exists():
-            return torch.zeros(0, dtype=torch.float64)
+            return {}, torch.zeros(0, dtype=torch.float64)
         tensors, header = read_tensors(self.path)
         # As JSON has it: a tuple among the settings comes back as a list.
         wanted = json.loads(json.dumps({"kind": "checkpoint", **self.identity}))
         different = [key for key in wanted if header.get(key) != wanted[key]]
-        names = {k.removeprefix("free/") for k in tensors if k.startswith("free/")}
-        if different or names != set(free):
+        if different or set(tensors) != {*names, "losses", "generator"}:
             raise FileError(
                 str(self.path),
                 needed="the checkpoint of this very fit",
                 found=f"another {different[0] if different else 'model'}",
                 do="Delete the file to start anew, or name another one.",
             )
-        with torch.no_grad():
-            for name, value in free.items():
-                value.copy_(tensors[f"free/{name}"])
-                optimizer.state[value] = {
-                    key: tensors[f"adam/{key}/{name}"].clone() for key in _MOMENTS
-                }
-        noise.set_state(tensors["generator"])
-        return tensors["losses"]
+        noise.set_state(tensors.pop("generator"))
+        return tensors, tensors.pop("losses")

@@ -172,6 +172,13 @@ def _check(fitted: Fitted, where: str) -> None:
             + (" with amortized=True or a distribution of θ" if other else ""),
             do="Fit Laplace to the same program, or NUTS for the posterior of θ.",
         )
+    if fitted.drawn:
+        raise UnsupportedModelError(
+            where,
+            needed="a θ that is held at a point as a whole",
+            found=f"draws of it, integrated={getattr(strategy, 'integrated', ())!r}",
+            do="Their spread is that of the integrated sites; NUTS has that of the others too.",
+        )
     size = sum(value.numel() for value in fitted.theta.values())
     if not 1 <= size <= _MOST:
         raise UnsupportedModelError(

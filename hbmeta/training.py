@@ -39,6 +39,8 @@ __all__ = [
     "MetaGradient",
     "Options",
     "Setup",
+    "checkpoint_due",
+    "identity",
     "mean_over_queries",
     "prior_scales",
     "shares",
@@ -199,8 +201,8 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     checkpoint = None
     done = torch.zeros(0, dtype=torch.float64)
     if options.checkpoint is not None:
-        identity = _identity(options, strategy, problem, setup.tasks)
-        checkpoint = Checkpoint(options.checkpoint, identity)
+        whose = identity(options, strategy, problem, setup.tasks)
+        checkpoint = Checkpoint(options.checkpoint, whose)
         done = checkpoint.resume(moving.free, optimizer, setup.generator)
     pieces = strategy.meta_gradient(problem, setup.own, options)
     gradient = setup.gradient(pieces, options.steps - len(done))
@@ -219,7 +221,7 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
             group["lr"] = rate * share
         optimizer.step()
         course.record(loss)
-        if checkpoint is not None and (number + 1) % _CHECKPOINT_EVERY == 0:
+        if checkpoint is not None and checkpoint_due(number):
             checkpoint.save(moving.free, optimizer, course.so_far(), setup.generator)
     info = {"untouched": names, "still_moving": course.finish(), "tier": gradient.tier}
     return Learned(
@@ -255,7 +257,12 @@ def shares(options: Options) -> Tensor:
     return 0.5 * (1 + torch.cos(math.pi * number / options.steps))
 
 
-def _identity(
+def checkpoint_due(number: int) -> bool:
+    """Whether a checkpoint is written after step `number`."""
+    return (number + 1) % _CHECKPOINT_EVERY == 0
+
+
+def identity(
     options: Options, strategy: Strategy, problem: Problem, tasks: Tasks
 ) -> dict[str, Any]:
     """What tells one fit from another: strategy, program, data and the settings of the training."""

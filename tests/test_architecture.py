@@ -60,6 +60,7 @@ ORDER = [
     "damping",
     "modes",
     "laplace_evidence",
+    "crossed_evidence",
     "conditional",
     "mixtures",
     "predictive",

@@ -1119,7 +1119,26 @@ FILES = [
     ),
 ]
 
+
+def item_effects(x, y=None):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    item = pyro.sample("item", dist.Normal(x.new_zeros(()), scale).expand([2]).to_event(1))
+    with pyro.plate("task", x.shape[0], dim=-2):
+        phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
+        with pyro.plate("point", x.shape[1], dim=-1):
+            return pyro.sample("y", dist.Normal(phi + item.sum() * x[..., 0], 1.0), obs=y)
+
+
 LAPLACE = [
+    kind(
+        "numbers for every task of an endless source",
+        "LinearTasks, which draws new ones",
+        lambda _: Variational().fit(
+            models.LinearRegression(),
+            tasks.LinearTasks([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], noise=0.3, shots=4, queries=4),
+        ),
+        "AmortizedGuide",
+    ),
     kind("a curvature by another name", "'hessian'", lambda _: Laplace("hessian"), "'ggn'"),
     kind("damping below zero", "-1.0", lambda _: Laplace(damping=-1.0), "None"),
     kind(
@@ -1128,6 +1147,25 @@ LAPLACE = [
         lambda _: Laplace().fit(cases.case("neural_regression").program, fits.new_tasks()),
         '"kronecker"',
         error=UnsupportedModelError,
+    ),
+    kind(
+        "effects of level 1 held at a point",
+        "'item', whose scale",
+        lambda _: Laplace().fit(item_effects, fits.new_tasks()),
+        "integrated=('item',)",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "an integrated site that is none",
+        "'student'",
+        lambda _: Laplace(integrated=("student",)).fit(item_effects, fits.new_tasks()),
+        "φ is integrated out",
+    ),
+    kind(
+        "effects integrated out without a prior",
+        "prior=False",
+        lambda _: Laplace(integrated=("item",), prior=False),
+        "Leave them out",
     ),
     kind(
         "softening what has a spread",

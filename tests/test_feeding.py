@@ -5,7 +5,8 @@ import torch
 
 from hbmeta import feeding
 from hbmeta.errors import DataError
-from hbmeta.feeding import Feed, training_tasks
+from hbmeta.feeding import Feed, taken, training_tasks
+from hbmeta.program import Batch
 from hbmeta.tasks import Episode, LinearTasks, Tasks, TaskSet
 from tests.cases import case
 
@@ -365,3 +366,30 @@ def test_a_source_that_gives_another_number_of_tasks():
 def test_no_tasks_at_all():
     with pytest.raises(DataError, match=r"fit: needed Tasks.*found list"):
         training_tasks([[1.0, 2.0]], 0)
+
+
+def test_a_step_of_a_few_flat_tasks_holds_their_rows_alone():
+    """Not those of all tasks, masked: 300 of 3,000 tasks are a tenth of the work."""
+    counts = torch.arange(1, 201) % 7 + 1
+    task = torch.arange(200).repeat_interleave(counts)
+    x = torch.arange(len(task), dtype=torch.float64).unsqueeze(1)
+    batch = Batch.of(Tasks.from_flat(x, x[:, 0], task, 200), "flat")
+    shapes = set()
+    for number in range(50):
+        generator = torch.Generator().manual_seed(number)
+        chosen = torch.randperm(200, generator=generator)[:20]
+        part = taken(batch, chosen)
+        shapes.add(part.x.shape[0])
+        assert part.n_tasks == 20
+        assert torch.equal(part.counts.long(), counts[chosen])
+        real = part.mask
+        for position, original in enumerate(chosen.tolist()):
+            there = part.x[real & (part.task == position), 0]
+            assert torch.equal(there, x[task == original, 0])
+            assert torch.equal(part.y[real & (part.task == position)], there)
+    # Five standard deviations above the mean: the same shape but once in a million steps.
+    assert len(shapes) == 1
+    assert shapes.pop() < len(task) / 4
+    # The largest tasks of all still fit.
+    largest = counts.topk(20).indices
+    assert torch.equal(taken(batch, largest).counts.long(), counts[largest])

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from hbmeta import posterior as posterior_module
+from hbmeta import problem as problem_module
 from hbmeta.densities import Delta, Empirical, Gaussian
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.inference import AmortizedGuide
@@ -476,3 +477,30 @@ def test_kl_refuses_supports_that_depend_on_theta():
     assert torch.allclose(first.kl(first), torch.zeros(3, dtype=torch.float64), atol=1e-12)
     with pytest.raises(UnsupportedModelError, match="'level' with a support that depends on θ"):
         first.kl(second)
+
+
+def test_a_closed_prediction_draws_nothing(monkeypatch):
+    """1,000 draws for each of 100,000 tasks would take longer than all else."""
+    posterior = fits.adapted("ExactLinear")
+    expected = posterior.predict(posterior.support).mean
+
+    def refuse(*_):
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(TaskPosterior, "particles", refuse)
+    assert torch.equal(posterior.predict(posterior.support).mean, expected)
+
+
+@pytest.mark.parametrize("cells", [1, 30])
+def test_draws_in_parts_are_draws_at_once(cells, monkeypatch):
+    posterior = fits.adapted("AmortizedGuide")
+    once = posterior.values(50)[0]
+    likelihood = posterior.problem.particle_log_likelihood
+    batch = posterior.problem.batch(posterior.support)
+    particles = posterior.particles(50)
+    whole = likelihood(particles.theta, particles.drawn, particles.phi, batch)
+    monkeypatch.setattr(problem_module, "_CELLS", cells)
+    for name, value in posterior.values(50)[0].items():
+        torch.testing.assert_close(value, once[name], atol=1e-12, rtol=0)
+    parts = likelihood(particles.theta, particles.drawn, particles.phi, batch)
+    torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-12)

@@ -29,6 +29,11 @@ from hbmeta.errors import DataError
 from hbmeta.evidence import maximise_evidence
 from hbmeta.feeding import Needs, training_tasks
 from hbmeta.inference.approximation import approximate
+from hbmeta.inference.crossed_laplace import (
+    check_integrated,
+    learn_crossed,
+    refuse_effects_at_a_point,
+)
 from hbmeta.inference.implicit_gradient import PRODUCTS_PER_SOLVE
 from hbmeta.inference.laplace_gradient import EvidenceGradient, MinusEvidence
 from hbmeta.inference.mode_search import ModeSearch
@@ -42,6 +47,7 @@ from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, MetaGradient, Options
+from hbmeta.variational import adapt_to_draws
 
 if TYPE_CHECKING:
     from hbmeta.fitted import Fitted
@@ -90,8 +96,13 @@ class Laplace(Strategy):
         iterations: at most so many Newton steps for a mode.
         sites: of "last_layer": local sites that have a spread, by name or by a prefix of names up
             to a dot.
+        integrated: level-1 sites that are integrated out with φ, by name: effects with a scale of
+            their own among θ, such as lecturers of students (crossed random effects). At a point
+            they and their scale have no mode. The fit then holds draws of them and of φ at the
+            other θ, which stands at the maximum of the evidence (`hbmeta.crossed_evidence`).
     Raises:
-        UnsupportedModelError: a program that has no such curvature.
+        UnsupportedModelError: a program that has no such curvature, or effects of level 1 that
+            would have to be held at a point together with their scale.
         CurvatureError: a curvature that is not positive definite, where damping is given.
         ConvergenceError: f is NaN or infinite.
         DataError: a setting out of its range.
@@ -110,6 +121,7 @@ class Laplace(Strategy):
     tolerance: float = 1e-9
     iterations: int = 100
     sites: tuple[str, ...] | None = None
+    integrated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_kind(self.curvature, self.name)
@@ -139,9 +151,26 @@ class Laplace(Strategy):
                     do="Leave sites out.",
                 )
 
+        self._check_crossed()
+
+    def _check_crossed(self) -> None:
+        if not self.integrated:
+            return
+        object.__setattr__(self, "integrated", site_names(self.integrated, self.name))
+        if self.curvature != "exact" or self.damping is not None or not self.prior:
+            raise DataError(
+                self.name,
+                needed='curvature="exact", damping=None and prior=True with integrated',
+                found=f"curvature={self.curvature!r}, damping={self.damping!r}, "
+                f"prior={self.prior!r}",
+                do="Leave them out.",
+            )
+
     def check(self, problem: Problem) -> None:
-        """A program that has this curvature."""
+        """A program that has this curvature, and a θ that can be held at a point."""
         check_curvature(self.curvature, problem, self.name, self.sites)
+        check_integrated(problem, self.integrated, self.name)
+        refuse_effects_at_a_point(problem, self.integrated, self.name)
 
     @staticmethod
     def soften(
@@ -180,6 +209,10 @@ class Laplace(Strategy):
         if problem.sites.phi_size > DENSE:
             return super().learn(problem, data, options)
         tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
+        if self.integrated:
+            return learn_crossed(
+                self.name, problem, tasks, options, self.integrated, self.tolerance
+            )
         batch = problem.batch(tasks)
         search = ModeSearch(self, problem, batch, tasks.ids, options)
 
@@ -258,8 +291,10 @@ class Laplace(Strategy):
 
         The posterior's info holds, per task, "log_evidence", "damping", "met" (whether the search
         met its tolerance), "slope" (‖∇f‖ at φ̂) and "positive" (whether Λ was positive definite
-        without damping).
+        without damping). Of a fit with `integrated`: draws, as of NUTS.
         """
+        if fitted.drawn:
+            return adapt_to_draws(fitted, support, seed, self.name)
         problem, theta = fitted.problem, fitted.theta
         batch = problem.batch(support)
         with torch.no_grad():

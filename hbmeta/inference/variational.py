@@ -28,12 +28,14 @@ from hbmeta.families import Diagonal, Family, FlowFamily, Frame, FullRank, LowRa
 from hbmeta.feeding import training_tasks
 from hbmeta.fitted import Fitted
 from hbmeta.inference.amortized_guide import AmortizedGuide, require_proper_prior
+from hbmeta.inference.crossed_laplace import refuse_effects_at_a_point
 from hbmeta.inference.strategy import Strategy
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
-from hbmeta.tasks import Tasks
-from hbmeta.training import Learned, Options, train
+from hbmeta.resuming import Checkpoint
+from hbmeta.tasks import Episode, Tasks, TaskSet
+from hbmeta.training import Learned, Options, identity, train
 from hbmeta.variational import (
     Bound,
     JointDensity,
@@ -86,7 +88,8 @@ class Variational(Strategy):
             "renyi" (of order `alpha`).
         draws: per task and step.
         alpha: order of the Rényi bound: 1 is the ELBO, 0 is "iwae".
-        theta: "point", or "distribution": q(θ) full up to 64 global values, else diagonal.
+        theta: "point", or "distribution": q(θ) full up to 64 global values, else diagonal, with φ
+            linear in the short sites alone and no search after `steps`.
         amortized: train an `AmortizedGuide` for θ and for where q starts, and search from there on
             for each task (semi-amortized). See `refine` for a guide that is fitted already.
         steps: of the search for a task's q: Newton steps, or Adam's for a flow and for bounds other
@@ -99,8 +102,9 @@ class Variational(Strategy):
         encoder: settings of the `AmortizedGuide` where `amortized`; None for its defaults.
     Raises:
         UnsupportedModelError: a flat task prior; too many parameters per task for the family; no
-            global site for theta="distribution".
-        DataError: a setting that cannot be used.
+            global site for theta="distribution"; effects of level 1 whose scale is of level 1 too
+            for theta="point".
+        DataError: a setting that cannot be used, or a source of tasks (unless `amortized`).
     References:
         Kingma, Welling (2014), ICLR; Roeder et al. (2017), NeurIPS, for gradients; Burda et al.
         (2016), ICLR; Li, Turner (2016), NeurIPS; Tucker et al. (2019), ICLR; Giordano et al.
@@ -121,7 +125,7 @@ class Variational(Strategy):
     fixed_draws: int = 128
     step_size: float = 0.02
     hidden: int = 16
-    encoder: dict[str, Any] | None = None
+    encoder: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         whole = {"rank": 1, "draws": 1, "fixed_draws": 2, "hidden": 1}
@@ -186,7 +190,9 @@ class Variational(Strategy):
                 found=f"rank {self.rank} with {size}",
                 do="Lower rank, or use family='full'.",
             )
-        if self.theta == "distribution" and not problem.sites.globals:
+        if self.theta == "point":
+            refuse_effects_at_a_point(problem, (), self.name)
+        elif not problem.sites.globals:
             raise UnsupportedModelError(
                 self.name,
                 needed="global sites to have a distribution",
@@ -288,11 +294,26 @@ class Variational(Strategy):
     # -- θ ----------------------------------------------------------------------------------------
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
-        """θ and every λ_i; see the class. Of a source a first sample of tasks is what is seen."""
+        """θ and every λ_i; see the class.
+
+        Raises:
+            DataError: a source of tasks, of which every one would have a λ_i of its own.
+        """
         if self.amortized:
             return train(self._guide(problem), problem, data, options)
+        if not isinstance(data, Tasks | Episode | TaskSet):
+            raise DataError(
+                f"{self.name}.fit",
+                needed="tasks that are there at every step: each has numbers of its own",
+                found=f"{type(data).__name__}, which draws new ones without end",
+                do="Pass source.sample(n, seed=0).all, or use amortized=True or AmortizedGuide.",
+            )
         tasks = training_tasks(data, options.seed).to(device=problem.device, dtype=problem.dtype)
         options = _checked(options, tasks.n_tasks)
+        if options.checkpoint is not None:
+            whose = identity(options, self, problem, tasks)
+            on = Checkpoint(options.checkpoint, whose)
+            options = dataclasses.replace(options, checkpoint=on)
         if self.theta == "distribution":
             return learn_distribution(
                 self.name,

@@ -187,7 +187,11 @@ def group_labels(
     values: pd.Series, *, where: str
 ) -> tuple[npt.NDArray[np.int64], tuple[TaskId, ...]]:
     """Return each row's group (n,) and the groups' labels, in order of their first row."""
-    labels = plain_values(values)
+    # Groups by their first row; the labels are then few, and the rows may be millions.
+    codes, found = pd.factorize(values)
+    alike = values.dtype != object or set(map(type, values)) <= {str, int}
+    # Equal labels of different types (2 and 2.0) are looked at one by one.
+    labels = plain_values(pd.Series(found) if alike else values)
     if all(isinstance(label, float) and label.is_integer() for label in labels):
         labels = [int(label) for label in labels]  # pandas turns whole numbers with gaps to float
     for label in labels:
@@ -198,9 +202,7 @@ def group_labels(
                 found=f"{label!r} of type {type(label).__name__}",
                 do=f"Convert it with frame[{values.name!r}].astype(str).",
             )
-    position: dict[TaskId, int] = {}
-    codes = [position.setdefault(label, len(position)) for label in labels]
-    return np.array(codes, dtype=np.int64), tuple(position)
+    return codes.astype(np.int64), tuple(dict.fromkeys(labels))
 
 
 def plain_values(values: pd.Series) -> list[Any]:

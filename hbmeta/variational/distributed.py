@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,22 +10,24 @@ from torch import Tensor, nn
 
 from hbmeta.conditional import conditional_over_draws, warn_of_proposals
 from hbmeta.densities import Empirical, Gaussian
-from hbmeta.families import Family
+from hbmeta.families import Family, Frame
 from hbmeta.movement import Moving
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
+from hbmeta.program import Batch
 from hbmeta.tasks import Tasks
-from hbmeta.training import Learned, Options, prior_scales
+from hbmeta.training import Learned, Options, prior_scales, standard_normal
 from hbmeta.variational.frames import prior_frame
-from hbmeta.variational.joint_guide import GLOBAL, JointGuide
+from hbmeta.variational.joint_guide import FULL_AT_MOST, GLOBAL, JointGuide, linear_entries
 from hbmeta.variational.local import LocalSearch
 from hbmeta.variational.objectives import Bound
 from hbmeta.variational.search import settle
 from hbmeta.variational.training import train_guide
 
-_FULL_AT_MOST = 64
 # Draws of (θ, φ) that a fit keeps.
 _KEPT = 1000
+# Estimates of the bound that are averaged where its noise is not matched.
+_ESTIMATES = 16
 _FIRST = 20
 # q(θ) starts this much narrower than p(θ), on the log scale: under a wide p(θ) programs overflow.
 _NARROW = -2.0
@@ -40,7 +43,8 @@ class JointDensity(nn.Module):
         theta_scale: L (theta_size, theta_size), or standard deviations (theta_size,).
         loc: (tasks, phi_size) a.
         scale: (tasks, phi_size, phi_size) R, or standard deviations (tasks, phi_size).
-        slope: (tasks, phi_size, theta_size) B: E[φ | θ] = a + B L⁻¹ (θ − m).
+        slope: (tasks, phi_size, entries) B: E[φ | θ] = a + B [L⁻¹ (θ − m)] over the entries of θ
+            that `linear_entries` names, all of them up to 64.
     """
 
     theta_loc: Tensor
@@ -62,12 +66,13 @@ class JointDensity(nn.Module):
         """Zeros in the shapes of a fit, to be filled from a file."""
         size, inner = problem.sites.theta_size, problem.sites.phi_size
         zeros = torch.zeros(n_tasks, inner, dtype=problem.dtype, device=problem.device)
-        full = size <= _FULL_AT_MOST
+        full = size <= FULL_AT_MOST
         outer = Gaussian(
             zeros.new_zeros(1, size), zeros.new_zeros((1, size, size) if full else (1, size))
         )
         scale = zeros.new_zeros(n_tasks, inner, inner) if family.full_frame else zeros
-        return JointDensity(outer, Gaussian(zeros, scale), zeros.new_zeros(n_tasks, inner, size))
+        entries = len(linear_entries(problem.sites))
+        return JointDensity(outer, Gaussian(zeros, scale), zeros.new_zeros(n_tasks, inner, entries))
 
 
 def learn_distribution(
@@ -114,7 +119,7 @@ def learn_distribution(
     moving = Moving(theta, {}, None)
     moving.fix(f"theta/{site.name}" for site in problem.sites.globals)
     guide = JointGuide(
-        problem, family, centre, full=size <= _FULL_AT_MOST, draws=draws, moving=moving
+        problem, family, centre, full=size <= FULL_AT_MOST, draws=draws, moving=moving
     )
     outer = torch.zeros(guide.outer.parameters, dtype=problem.dtype, device=problem.device)
     outer[size : 2 * size] = _NARROW
@@ -126,14 +131,26 @@ def learn_distribution(
     )  # fmt: skip
     shared, rows = trained.shared, trained.rows
     info: dict[str, Any] = {"still_moving": trained.still_moving, "tier": trained.tier}
-    noise = guide.fixed_noise(fixed_draws, options.seed, frame.loc)
-    if options.tasks_per_step is None and not moving.free:
-        rows, info["residual"] = settle(
-            name, guide, shared, rows, frame, batch, noise, tolerance=tolerance, tier=options.tier
-        )
+    # Matched noise has two draws per entry: of a long θ more than pays, and than memory holds.
+    if size <= FULL_AT_MOST:
+        noise = guide.fixed_noise(fixed_draws, options.seed, frame.loc)
+        if options.tasks_per_step is None and not moving.free:
+            rows, info["residual"] = settle(
+                name, guide, shared, rows, frame, batch, noise,
+                tolerance=tolerance, tier=options.tier,
+            )  # fmt: skip
+        info["bound"] = _bound(guide, shared, rows, frame, batch, noise, fixed=True)
+    else:
+        generator = torch.Generator().manual_seed(options.seed + 2)
+        shapes = guide.noise_shapes(tasks.n_tasks)
+        info["bound"] = sum(
+            _bound(
+                guide, shared, rows, frame, batch,
+                standard_normal(shapes, generator, frame.loc), fixed=False,
+            )
+            for _ in range(_ESTIMATES)
+        ) / _ESTIMATES  # fmt: skip
     with torch.no_grad():
-        losses, prior = guide.terms(shared, rows, frame, batch, noise, fixed=True)
-        info["bound"] = -float(losses.sum() + prior)
         drawn, phi = guide.sample(shared, rows, frame, _KEPT, options.seed)
         inner, slope = guide.local_parts(rows, frame)
         own = JointDensity(guide.global_density(shared), inner, slope)
@@ -146,6 +163,22 @@ def learn_distribution(
         info=info,
         seconds_staging=trained.seconds_staging,
     )
+
+
+def _bound(
+    guide: JointGuide,
+    shared: Mapping[str, Tensor],
+    rows: Tensor,
+    frame: Frame,
+    batch: Batch,
+    noise: Mapping[str, Tensor],
+    *,
+    fixed: bool,
+) -> float:
+    """The ELBO of all tasks at some noise."""
+    with torch.no_grad():
+        losses, prior = guide.terms(shared, rows, frame, batch, noise, fixed=fixed)
+    return -float(losses.sum() + prior)
 
 
 def adapt_to_draws(fitted: Any, support: Tasks, seed: int, name: str) -> TaskPosterior:

@@ -10,6 +10,10 @@ linear-Gaussian program among them. With θ = m + L ε_0 and φ_i = a_i + B_i ε
 
 All numbers are in units: θ of its prior's scale, φ of its frame. Module parameters have no prior;
 they stay a point.
+
+Of more than 64 global values q(θ) has independent entries, and B_i holds those of the short sites
+alone (`linear_entries`): 1,128 effects of which a task sees 25 are 1,128 numbers per task that a
+gradient fills with noise.
 """
 
 from __future__ import annotations
@@ -24,12 +28,27 @@ from hbmeta.families import Diagonal, Family, Frame, FullRank
 from hbmeta.movement import Moving
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
+from hbmeta.sites import Sites
 from hbmeta.variational.noise import matched_noise
 
-__all__ = ["GLOBAL", "JointGuide"]
+__all__ = ["FULL_AT_MOST", "GLOBAL", "JointGuide", "linear_entries"]
 
+FULL_AT_MOST = 64
+"""Global values up to which q(θ) has a full covariance."""
 GLOBAL = "q(theta)"
 """The name of q(θ)'s own numbers among what tasks share."""
+
+
+def linear_entries(sites: Sites) -> Tensor:
+    """Positions in θ of what φ is linear in: all, or the shortest sites with 64 values in all."""
+    starts = [0]
+    for site in sites.globals:
+        starts.append(starts[-1] + site.size)
+    found: list[int] = []
+    for number in sorted(range(len(sites.globals)), key=lambda k: sites.globals[k].size):
+        if len(found) + sites.globals[number].size <= FULL_AT_MOST:
+            found += range(starts[number], starts[number + 1])
+    return torch.tensor(sorted(found), dtype=torch.int64)
 
 
 class JointGuide:
@@ -58,16 +77,18 @@ class JointGuide:
         self.centre = centre if not full else Gaussian(centre.loc, torch.diag_embed(centre.scale))
         self.size = problem.sites.theta_size
         self.outer: Family = FullRank(self.size) if full else Diagonal(self.size)
+        self.entries = linear_entries(problem.sites).to(centre.loc.device)
 
     @property
     def row_size(self) -> int:
-        """Those of the family, and B (phi_size, theta_size)."""
-        return self.family.parameters + self.family.size * self.size
+        """Those of the family, and B (phi_size, entries)."""
+        return self.family.parameters + self.family.size * len(self.entries)
 
     def start(self, frame: Frame, seed: int) -> Tensor:
         """(tasks, row_size): φ from its frame, independent of θ."""
         own = self.family.start(frame, seed)
-        return torch.cat([own, own.new_zeros(own.shape[0], self.family.size * self.size)], -1)
+        slope = own.new_zeros(own.shape[0], self.family.size * len(self.entries))
+        return torch.cat([own, slope], -1)
 
     def noise_shapes(self, n_tasks: int) -> dict[str, tuple[int, ...]]:
         """Half of the draws, mirrored."""
@@ -89,9 +110,10 @@ class JointGuide:
         return found
 
     def local_parts(self, rows: Tensor, frame: Frame) -> tuple[Gaussian, Tensor]:
-        """N(a, R Rᵀ) of every task, and B (tasks, phi_size, theta_size)."""
-        own, slope = rows.split([self.family.parameters, self.family.size * self.size], -1)
-        slope = slope.unflatten(-1, (self.family.size, self.size))
+        """N(a, R Rᵀ) of every task, and B (tasks, phi_size, entries)."""
+        entries = len(self.entries)
+        own, slope = rows.split([self.family.parameters, self.family.size * entries], -1)
+        slope = slope.unflatten(-1, (self.family.size, entries))
         if frame.diagonal:
             slope = frame.scale.unsqueeze(-1) * slope
         else:
@@ -143,7 +165,11 @@ class JointGuide:
     ) -> tuple[Tensor, Tensor]:
         """θ (draws, theta_size) and φ (draws, tasks, phi_size) of noise ε_0 and ε_i."""
         theta = outer.draw(shift.unsqueeze(1)).squeeze(1)
-        return theta, inner.draw(own) + torch.einsum("tij,sj->sti", slope, shift)
+        return theta, inner.draw(own) + torch.einsum("tij,sj->sti", slope, self._linear(shift))
+
+    def _linear(self, values: Tensor) -> Tensor:
+        """Of (draws, theta_size) the entries that φ is linear in."""
+        return values if len(self.entries) == self.size else values[:, self.entries]
 
     def _log_inner(
         self, outer: Gaussian, inner: Gaussian, slope: Tensor, theta: Tensor, phi: Tensor
@@ -154,7 +180,7 @@ class JointGuide:
             whitened = difference / outer.scale
         else:
             whitened = torch.linalg.solve_triangular(outer.scale[0], difference.mT, upper=False).mT
-        return inner.log_prob(phi - torch.einsum("tij,sj->sti", slope, whitened))
+        return inner.log_prob(phi - torch.einsum("tij,sj->sti", slope, self._linear(whitened)))
 
     def sample(
         self, shared: Mapping[str, Tensor], rows: Tensor, frame: Frame, draws: int, seed: int

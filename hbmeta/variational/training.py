@@ -19,8 +19,15 @@ from hbmeta.families import Frame
 from hbmeta.feeding import taken
 from hbmeta.movement import Moving
 from hbmeta.program import Batch
+from hbmeta.resuming import Checkpoint
 from hbmeta.staging import Staged, Tier
-from hbmeta.training import Options, shares, show_progress, standard_normal
+from hbmeta.training import (
+    Options,
+    checkpoint_due,
+    shares,
+    show_progress,
+    standard_normal,
+)
 from hbmeta.variational.search import Guide
 
 _MEAN, _SQUARE, TINY = 0.9, 0.999, 1e-8
@@ -55,6 +62,12 @@ class _Adam:
         self.value, self.rate, self.floor = value, rate, floor
         self.mean, self.square = torch.zeros_like(value), torch.zeros_like(value)
         self.count = torch.zeros(value.shape[0] if rows else 1, device=value.device)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What moves with every step, by name; the tensors themselves."""
+        names = ("value", "mean", "square", "count")
+        return {name: getattr(self, name) for name in names}
 
     def step(self, gradient: Tensor, share: float, chosen: Tensor | None) -> None:
         at: Any = ... if chosen is None else chosen
@@ -92,7 +105,8 @@ def train_guide(
         rows: (tasks, row_size) where λ starts.
         frame: of each task.
         batch: rows of all tasks.
-        options: of the fit: steps, tasks_per_step, seed, decay, tier, progress.
+        options: of the fit: steps, tasks_per_step, seed, decay, tier, progress; its checkpoint is
+            a `hbmeta.resuming.Checkpoint`, or None.
         rates: learning rates of what moves of `shared`.
         row_rate: that of λ.
         row_floor: added to the root of the mean square of a gradient in λ, in nats per unit. With
@@ -102,6 +116,7 @@ def train_guide(
         watched: tensors whose path says whether they were still moving at the end.
     Raises:
         ConvergenceError: the bound became infinite or NaN; names the step.
+        FileError: the checkpoint belongs to another fit.
     """
     shared = {k: v if k in rates else v.detach() for k, v in shared.items()}
     rows = rows.detach().clone()
@@ -139,10 +154,19 @@ def train_guide(
     rates_of_steps = shares(options)
     shapes = guide.noise_shapes(each)
     generator = torch.Generator().manual_seed(options.seed + 1)
-    course = Course(
-        name, rates_of_steps, torch.zeros(0), watched, progress=show_progress(options.progress)
-    )
-    for number, share in enumerate(rates_of_steps.tolist()):
+    state = {
+        f"{label}/{key}": value
+        for label, adam in zip([*names, "rows"], [*optimisers, own], strict=True)
+        for key, value in adam.state.items()
+    }
+    checkpoint: Checkpoint | None = options.checkpoint
+    done = torch.zeros(0)
+    if checkpoint is not None:
+        kept, done = checkpoint.take_up(state, generator)
+        for label, value in kept.items():
+            state[label].copy_(value)
+    course = Course(name, rates_of_steps, done, watched, progress=show_progress(options.progress))
+    for number, share in enumerate(rates_of_steps.tolist()[len(done) :], start=len(done)):
         chosen = _chosen(number, options, n_tasks, each)
         part, some, at = batch, frame, chosen
         if chosen is not None:
@@ -161,6 +185,8 @@ def train_guide(
         # Of each task's own loss, not of the mean.
         own.step(each * gradients[-1], share, at)
         course.record(loss)
+        if checkpoint is not None and checkpoint_due(number):
+            checkpoint.keep(state, course.so_far(), generator)
     moving = course.finish()
     return Trained(
         dict(shared), rows, course.losses.tolist(), moving, staged.seconds_staging, staged.tier

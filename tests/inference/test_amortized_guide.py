@@ -8,7 +8,7 @@ from torch.distributions import constraints
 
 from hbmeta import models
 from hbmeta.errors import UnsupportedModelError
-from hbmeta.inference import AmortizedGuide, LatentNP
+from hbmeta.inference import AmortizedGuide, LatentNP, amortized_guide
 from hbmeta.tasks import Tasks
 
 ROWS = Tasks(torch.ones(3, 4, 1).double(), torch.arange(12.0).reshape(3, 4).double() + 1.0)
@@ -67,3 +67,21 @@ def test_a_flat_task_prior_is_refused(model, site, strategy):
 def test_a_density_is_not_mistaken_for_a_flat_prior(law, other):
     density = fit(program(law, other), AmortizedGuide(hidden=4)).adapt(ROWS).density
     assert bool(torch.isfinite(density.loc).all())
+
+
+@pytest.mark.parametrize(
+    "model", [models.VaryingEffects(fixed=[]), program(lambda: dist.Normal(0.0, 1.0))]
+)
+def test_tasks_in_parts_are_tasks_at_once(model, monkeypatch):
+    """So many rows that they are read part by part, a task without rows among them."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([3, 0, 5, 1, 2, 4, 3])
+    task = torch.arange(7).repeat_interleave(counts)
+    y = torch.randn(len(task), generator=generator, dtype=torch.float64)
+    tasks = Tasks.from_flat(y.unsqueeze(1).cos(), y, task, 7)
+    fitted = fit(model, AmortizedGuide(hidden=4), tasks)
+    once = fitted.adapt(tasks).density
+    monkeypatch.setattr(amortized_guide, "_ROWS_AT_ONCE", 5)
+    parts = fitted.adapt(tasks).density
+    torch.testing.assert_close(parts.loc, once.loc, atol=1e-12, rtol=0)
+    torch.testing.assert_close(parts.scale, once.scale, atol=1e-12, rtol=0)

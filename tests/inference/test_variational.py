@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import hbmeta
+from hbmeta.errors import FileError
 from hbmeta.families import Flow, LowRank
 from hbmeta.inference import AmortizedGuide, ExactLinear, Variational
 from hbmeta.tasks import Tasks
 from hbmeta.variational import Bound
 from tests.cases import case
+from tests.test_training import interrupted_and_resumed, same_bits
 
 LINEAR = ("linear_own_nested", "linear_own_flat")
 
@@ -210,6 +212,39 @@ def test_a_distribution_of_theta_is_exact_where_all_is_gaussian():
     np.testing.assert_allclose(covariance.numpy(), wanted, atol=1e-6, rtol=0)
 
 
+def effects(x, y=None):
+    """μ and 70 level-1 values, more than have a full q(θ), beside one φ per task."""
+    mu = pyro.sample("mu", dist.Normal(0.0, MU_SD))
+    shared = pyro.sample("shared", dist.Normal(torch.zeros(70).to(x), PHI_SD).to_event(1))
+    with pyro.plate("task", x.shape[0], dim=-2):
+        phi = pyro.sample("phi", dist.Normal(mu, PHI_SD))
+        with pyro.plate("point", x.shape[1], dim=-1):
+            mean = phi + shared[x[..., 0].long()]
+            return pyro.sample("y", dist.Normal(mean, NOISE), obs=y)
+
+
+def test_a_long_theta_has_no_slope_for_every_value():
+    """φ stays linear in μ; q of what is seen once is that of its own posterior given the rest.
+
+    Every value of `shared` is seen once: precision 1/0.8² + 1/0.5² given φ. 5 % is the rest of
+    Adam's noise; it is seeded.
+    """
+    rng = np.random.default_rng(0)
+    x = np.arange(70.0).reshape(7, 10, 1)
+    tasks = Tasks(x, rng.normal(0, 1.5, (7, 10)))
+    strategy = Variational(theta="distribution")
+    fitted = strategy.fit(effects, tasks, steps=600, compile=False, progress=False)
+    assert fitted.own.slope.shape == (7, 1, 1)
+    assert fitted.own.theta_scale.shape == (71,)
+    sd = (1 / PHI_SD**2 + 1 / NOISE**2) ** -0.5
+    assert float(fitted.own.theta_scale[1:].mean()) == pytest.approx(sd, rel=0.05)
+    residual = tasks.y - fitted.own.loc[:, :1]
+    wanted = (residual / NOISE**2 * sd**2).flatten()
+    assert float((fitted.own.theta_loc[1:] - wanted).abs().mean()) < 0.1 * sd
+    assert math.isfinite(fitted.info["bound"])
+    assert "residual" not in fitted.info
+
+
 def test_its_draws_are_pairs_of_theta_and_phi():
     """1,000 draws: means within 4.5 standard errors, 5 of them: a false alarm at 3e-5.
 
@@ -399,3 +434,29 @@ def test_counts_under_a_wide_prior_do_not_overflow():
     total = data.y.sum(-1)
     torch.testing.assert_close(density.loc[:, 0], (total / 6).log(), rtol=0, atol=0.05)
     torch.testing.assert_close(density.sd[:, 0], total.rsqrt(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("theta", ["point", "distribution"])
+@pytest.mark.parametrize("tasks_per_step", [None, 2])
+def test_an_interrupted_fit_resumes_to_the_same_bits(theta, tasks_per_step, tmp_path, monkeypatch):
+    strategy, path = Variational(theta=theta), tmp_path / "checkpoint.safetensors"
+    settings = {"steps": 25, "tasks_per_step": tasks_per_step, "compile": False, "progress": False}
+    with warnings.catch_warnings():
+        # 25 steps of minibatches are few.
+        warnings.simplefilter("ignore")
+        whole = strategy.fit(normal_means, means_data(), **settings)
+        resumed = interrupted_and_resumed(
+            strategy, normal_means, means_data(), path, monkeypatch, **settings
+        )
+    same_bits(resumed, whole)
+    with pytest.raises(FileError, match="the checkpoint of this very fit"):
+        Variational(theta=theta, draws=9).fit(
+            normal_means, means_data(), checkpoint=path, **settings
+        )
+
+
+def test_settings_of_an_encoder_do_not_cost_the_hash():
+    one, other = (Variational(amortized=True, encoder={"hidden": 4}) for _ in range(2))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != Variational(amortized=True, encoder={"hidden": 5})

@@ -290,3 +290,27 @@ def test_simulated_sleep_study():
     slope, intercept = np.polyfit(sleep.support.flat_x[:, 0], sleep.support.flat_y, 1)
     assert abs(intercept - 250) < 20
     assert abs(slope - 10) < 4.5
+
+
+def test_groups_are_numbered_by_their_first_row():
+    """Whatever the type of the labels, and with whole numbers that pandas holds as floats."""
+    for labels, ids in (
+        (["b", "a", "b", "c"], ("b", "a", "c")),
+        ([7, 3, 7, 5], (7, 3, 5)),
+        ([7.0, 3.0, 7.0, 5.0], (7, 3, 5)),
+        (pd.Categorical(["b", "a", "b", "c"]), ("b", "a", "c")),
+        (pd.array(["b", "a", "b", "c"], dtype="string"), ("b", "a", "c")),
+        (np.array([7, "a", 7, "c"], dtype=object), (7, "a", "c")),
+    ):
+        frame = pd.DataFrame({"group": labels, "y": [1.0, 2.0, 3.0, 4.0]})
+        tasks = from_frame(frame, group="group", x=[], y="y").support
+        assert tasks.ids == ids
+        assert all(type(label) in (str, int) for label in tasks.ids)
+        assert tasks.flat_y.tolist() == [1.0, 3.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("label", [True, 2.5, 2.0])
+def test_a_label_of_another_type_among_whole_numbers_is_named(label):
+    frame = pd.DataFrame({"group": np.array([1, 2, label], dtype=object), "y": [1.0, 2.0, 3.0]})
+    with pytest.raises(DataError, match=rf"{label!r} of type {type(label).__name__}"):
+        from_frame(frame, group="group", x=[], y="y")
