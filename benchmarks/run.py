@@ -1,12 +1,12 @@
 """Runs the benchmarks, prints their tables and keeps them under benchmarks/results.
 
     python -m benchmarks.run [staging] [meta_gradient] [memory] [sinusoid] [posteriors]
-        [bayesian_maml] [laplace] [samplers] [studies] [--quick]
+        [bayesian_maml] [laplace] [samplers] [studies] [formulas] [--quick]
 
-`posteriors` needs the stored reference posteriors ($HBMETA_DATA or ../shared/data) and says so
-where they are missing; it keeps its results in results/posteriors. `studies` takes a quarter of an
-hour and `sinusoid` an hour (its fits are kept in results/sinusoid). Each runs in a process of its
-own.
+`posteriors` and `formulas` need the stored data ($HBMETA_DATA or ../shared/data) and say so where
+they are missing; `posteriors` keeps its results in results/posteriors. `studies` takes a quarter of
+an hour and `sinusoid` an hour (its fits are kept in results/sinusoid). Each runs in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from hbmeta.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
-    *("bayesian_maml", "laplace", "samplers", "studies"),
+    *("bayesian_maml", "laplace", "samplers", "studies", "formulas"),
 )
-WITH_QUICK = ("staging", "meta_gradient", "memory", "sinusoid", "posteriors", "bayesian_maml")
+WITH_QUICK = (
+    *("staging", "meta_gradient", "memory", "sinusoid", "posteriors", "bayesian_maml"),
+    "formulas",
+)
 
 
 def run(name: str, extra: list[str]) -> int:
     """One benchmark, its output shown as it comes and kept if it succeeds."""
-    if name == "posteriors" and not data_folder().is_dir():
-        print(f"posteriors: left out, {data_folder()} does not exist (set HBMETA_DATA)")
+    if name in ("posteriors", "formulas") and not data_folder().is_dir():
+        print(f"{name}: left out, {data_folder()} does not exist (set HBMETA_DATA)")
         return 0
     command = [sys.executable, "-m", f"benchmarks.{name}", *extra]
     lines = []
