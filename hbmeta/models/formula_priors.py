@@ -17,15 +17,16 @@ A prior that a person gives is a distribution, or its text. It stands for a site
 "noise"), for every entry where it is one of a number, or for one coefficient by the name of its
 column, and is then a Normal.
 
-The sum in a² makes the prior at the mean of the columns N(m_y, (2.5 s_y)²). Bambi takes the
-coefficients of a group as independent; the LKJ prior is the default of brms. The numbers are
-rounded to four digits, since they are read: the program that is printed is the model.
+The sum in a² lets the constant, which is that of columns as they are, wander as far as the slopes
+take it from the mean of the data. Bambi gives the same prior to the constant of centred columns,
+and takes the coefficients of a group as independent; the LKJ prior is the default of brms. The
+numbers are rounded to four digits, since they are read: the program that is printed is the model.
 
 References:
     Capretto et al. (2022), Bambi, Journal of Statistical Software 103(15), section 3; the rules are
-    those of bambi/priors/scaler.py and bambi/defaults/families.py of its release 0.15. Bürkner
-    (2017), brms, Journal of Statistical Software 80(1). Lewandowski, Kurowicka, Joe (2009), Journal
-    of Multivariate Analysis 100(9).
+    those of its bambi/priors/scaler.py and bambi/defaults. Bürkner (2017), brms, Journal of
+    Statistical Software 80(1). Lewandowski, Kurowicka, Joe (2009), Journal of Multivariate Analysis
+    100(9).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def site_names(design: Design) -> list[tuple[Block, str]]:
     taken: set[str] = set()
     for block in design.blocks:
         own = block.group == design.task
-        stem = "" if own else "_" + "".join(c if c.isalnum() else "_" for c in block.group)
+        stem = "" if own else "_" + _identifier(block.group)
         suffix, count = stem, 1
         while suffix in taken:
             count += 1
@@ -76,6 +77,11 @@ def site_names(design: Design) -> list[tuple[Block, str]]:
         taken.add(suffix)
         found.append((block, suffix))
     return found
+
+
+def _identifier(name: str) -> str:
+    """What may stand behind an underscore in a name of Python."""
+    return "".join(c if f"_{c}".isidentifier() else "_" for c in name)
 
 
 def shapes_of(design: Design, family: FormulaFamily) -> dict[str, tuple[int, ...]]:

@@ -109,8 +109,7 @@ def write_program(design: Design, family: FormulaFamily, priors: Mapping[str, st
         *(_wrapped(line, 8) for line in tasks),
         '    with pyro.plate("point", x.shape[0], dim=-1):',
         *(_wrapped(line, 8) for line in rows),
-        _wrapped(f"eta = {terms[0]}", 8),
-        *(_wrapped(f"eta = eta + {term}", 8) for term in terms[1:]),
+        *(f"        {line}" for line in _sum(terms)),
         _wrapped(f'return pyro.sample("y", {response.format(trials=trials)}, obs=y)', 8),
     ]
     return head + "\n".join(lines) + "\n"
@@ -172,21 +171,40 @@ def _terms(coefficient: str, pairs: Sequence[tuple[int, int | None]], *, by_row:
     return found
 
 
+def _sum(terms: Sequence[str]) -> list[str]:
+    """`eta` as the sum of the terms, as many in a line as it holds."""
+    lines = [f"eta = {terms[0]}"]
+    for term in terms[1:]:
+        longer = f"{lines[-1]} + {term}"
+        if len(longer) <= _WIDTH - 8:
+            lines[-1] = longer
+        else:
+            lines.append(f"eta = eta + {term}")
+    return lines
+
+
 def _comment(text: str) -> str:
     return "# " + " ".join(text.split())
 
 
 def _wrapped(line: str, indent: int) -> str:
-    """A line, broken at spaces where it is too long; all of them stand in brackets or comments."""
+    """A comment, or a statement that is one call, on several lines where it is too long."""
     space = " " * indent
-    further = f"{space}# " if line.startswith("#") else f"{space}    "
-    return "\n".join(
-        textwrap.wrap(
-            line,
-            _WIDTH,
-            initial_indent=space,
-            subsequent_indent=further,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+    if indent + len(line) <= _WIDTH:
+        return space + line
+    if line.startswith("#"):
+        return _filled(line, space, f"{space}# ")
+    head, bracket, rest = line.partition("(")
+    inner = f"{space}    "
+    return f"{space}{head}{bracket}\n{_filled(rest[:-1], inner, inner + '    ')}\n{space})"
+
+
+def _filled(text: str, first: str, further: str) -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=further,
+        break_long_words=False,
+        break_on_hyphens=False,
     )

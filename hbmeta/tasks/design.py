@@ -286,7 +286,8 @@ def _single(matrix: pd.DataFrame, text: str) -> npt.NDArray[np.float64]:
             found=f"{matrix.shape[1]} columns",
             do="Name a numeric column or an expression of numeric columns.",
         )
-    return matrix.to_numpy()[:, 0]
+    column: npt.NDArray[np.float64] = matrix.to_numpy()[:, 0]
+    return column
 
 
 def _values(inputs: tuple[Column, ...], table: pd.DataFrame) -> pd.DataFrame:

@@ -221,14 +221,15 @@ def _matrix(text: str, spec: ModelSpec, table: pd.DataFrame) -> Any:
 
 def _numbers(columns: pd.DataFrame, text: str) -> pd.DataFrame:
     numbers = pd.DataFrame(columns).astype("float64")
-    bad = ~np.isfinite(numbers.to_numpy()).all(axis=0)
-    if bad.any():
-        name = numbers.columns[bad][0]
-        rows = numbers.index[~np.isfinite(numbers[name].to_numpy())]
+    values = numbers.to_numpy()
+    rows, places = np.nonzero(~np.isfinite(values))
+    if len(rows):
+        row, place = rows[0], places[0]
         raise DataError(
             _WHERE,
-            needed=f"finite values of {name!r} in {text!r}",
-            found=f"{numbers[name].loc[rows[0]]} in {len(rows)} rows, first in {rows[0]!r}",
+            needed=f"finite values of {numbers.columns[place]!r} in {text!r}",
+            found=f"{values[row, place]} in {len(set(rows.tolist()))} rows, first in "
+            f"{numbers.index[row]!r}",
             do="Correct these rows, or the transform (a log of 0?).",
         )
     return numbers

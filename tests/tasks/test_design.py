@@ -59,13 +59,15 @@ def test_a_part_makes_the_same_columns_of_any_rows_after_json(text):
     needed = list(variables(text, list(frame.columns)))
     values = frame[needed]
     if "sex" in needed:
-        values = values.assign(sex=pd.Categorical(values["sex"], categories=["m", "f"]))
+        values = values.assign(sex=values["sex"].cat.remove_unused_categories())
     part, columns = FormulaPart.learn(text, values)
     assert list(columns.columns) == PARTS[text]
     fields = json.loads(json.dumps(asdict(part)))
     again = FormulaPart(**{**fields, "names": tuple(fields["names"])})
     for rows in (slice(None), slice(7, 9)):
-        pd.testing.assert_frame_equal(again.columns(values[rows]), columns[rows], atol=1e-13)
+        pd.testing.assert_frame_equal(
+            again.columns(values[rows]), columns[rows], rtol=1e-13, atol=1e-13
+        )
 
 
 def test_transforms_keep_what_they_learned():
@@ -106,7 +108,7 @@ def test_a_part_says_what_cannot_be_computed(text, found):
 
 
 def test_columns_of_x_stand_in_the_stated_order():
-    formula = "y ~ x + arm + offset(log(w)) + (1 + x + w | number) + (1 | town:street) + (0 + flag | town)"
+    formula = "y ~ x + arm + offset(log(w)) + (1+x+w|number) + (1|town:street) + (0+flag|town)"
     frame = table()
     design = Design.learn(formula, frame, "number")
     assert design.features == (
