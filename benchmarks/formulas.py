@@ -4,11 +4,13 @@
 
 needs $HBMETA_DATA or ../shared/data. Every formula is fitted by Laplace (θ at the mode of its
 posterior density, the coefficients of the tasks integrated out) and by NUTS, and by Bambi with its
-own defaults where that is installed; beside them the estimates of lme4 or MixedModels.jl where they
-are published. Those are restricted or plain maximum likelihood, without priors: a posterior mean of
-a standard deviation with few groups lies above them. Bambi takes the coefficients of a group as
-independent. Seconds are those of a whole fit, compiling included. InstEval is cut to its first 150
-students. --quick draws little.
+own defaults where that is installed; a Gaussian model of one group by maximum likelihood too
+(ExactLinear), which is what lme4 and MixedModels.jl publish. Maximum likelihood has no priors: a
+posterior mean of a standard deviation with few groups lies above it. Bambi takes the coefficients
+of a group as independent. Where several groups are crossed, Laplace holds the effects of all but
+one at a point together with their standard deviation, whose joint mode is no estimate of it.
+Seconds are those of a whole fit, compiling included. InstEval is cut to its first 150 students.
+--quick draws little.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.programs import data_folder
-from hbmeta.inference import NUTS, Laplace
+from hbmeta.inference import NUTS, ExactLinear, Laplace
 from hbmeta.models import FormulaModel, from_formula
 from hbmeta.models.formula_priors import FormulaFamily, site_names
+from hbmeta.tasks import TaskSet
 
 SEED = 0
 Estimates = dict[str, tuple[float, float | None]]
@@ -67,13 +70,14 @@ CASES = (
         "Reaction ~ Days + (1 + Days | Subject)",
         published={
             "Intercept": 251.405,
-            "Days": 10.467,
-            "sd Intercept | Subject": 24.741,
-            "sd Days | Subject": 5.922,
-            "cor Intercept, Days | Subject": 0.066,
-            "noise": 25.592,
+            "Days": 10.4673,
+            "sd Intercept | Subject": 23.78047,
+            "sd Days | Subject": 5.71683,
+            "cor Intercept, Days | Subject": 0.08,
+            "noise": 25.59182,
+            "log likelihood": -875.9697,
         },
-        source="lme4, REML",
+        source="MixedModels.jl, ML",
     ),
     Case("Orthodont", "nlme/Orthodont.csv", "distance ~ age * Sex + (1 + age | Subject)"),
     Case("Oxboys", "nlme/Oxboys.csv", "height ~ age + I(age**2) + (1 + age | Subject)"),
@@ -156,6 +160,14 @@ def estimates(model: FormulaModel, fitted: Any) -> Estimates:
     return found
 
 
+def coded(frame: pd.DataFrame, tasks: TaskSet) -> pd.DataFrame:
+    """The table with a response of two levels as 0 and 1, which Bambi would turn round."""
+    assert tasks.schema is not None
+    levels = tasks.schema.y_levels
+    name = tasks.schema.y_name
+    return frame.assign(**{name: (frame[name] == levels[1]).astype(int)}) if levels else frame
+
+
 def bambi(case: Case, frame: pd.DataFrame, draws: int) -> tuple[Estimates, float]:
     """Bambi's posterior under the same names, and seconds."""
     import arviz
@@ -193,6 +205,10 @@ def table(case: Case, folder: Path, *, draws: int) -> list[str]:
     columns: dict[str, Estimates] = {}
     if case.source:
         columns[case.source] = {name: (value, None) for name, value in case.published.items()}
+    if case.family == "gaussian" and not model.design.levels:
+        exact = ExactLinear().fit(model, tasks, seed=SEED, compile=False)
+        likelihood = {"log likelihood": (float(exact.info["log_evidence"]), None)}
+        columns["ExactLinear, ML"] = estimates(model, exact) | likelihood
     laplace = Laplace().fit(model, tasks, seed=SEED, progress=False)
     nuts = NUTS(draws=draws, chains=2, warmup=500, processes=1).fit(
         model, tasks, seed=SEED, progress=False
@@ -200,7 +216,7 @@ def table(case: Case, folder: Path, *, draws: int) -> list[str]:
     columns["Laplace"], columns["NUTS"] = estimates(model, laplace), estimates(model, nuts)
     seconds = {"Laplace": laplace.seconds.fit, "NUTS": nuts.seconds.fit}
     if importlib.util.find_spec("bambi") is not None:
-        columns["Bambi"], seconds["Bambi"] = bambi(case, frame, draws)
+        columns["Bambi"], seconds["Bambi"] = bambi(case, coded(frame, tasks), draws)
     groups = ", ".join(
         [f"{tasks.n_tasks} {model.design.task} (the task)"]
         + [f"{len(levels)} {name}" for name, levels in model.design.levels.items()]
@@ -213,7 +229,9 @@ def table(case: Case, folder: Path, *, draws: int) -> list[str]:
         f"| | {' | '.join(columns)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for name in columns["NUTS"]:
+    for name in dict.fromkeys(name for found in columns.values() for name in found):
+        if name not in columns["NUTS"] and name != "log likelihood":
+            continue  # Bambi's name of another row
         cells = []
         for found in columns.values():
             value = found.get(name, found.get(theirs(name)))
@@ -238,7 +256,8 @@ def _largest_r_hat(fitted: Any) -> float:
 
 
 def _cell(mean: float, sd: float | None) -> str:
-    return f"{mean:.4g}" if sd is None else f"{mean:.4g} ± {sd:.2g}"
+    digits = f"{mean:.4f}" if abs(mean) > 500 else f"{mean:.4g}"
+    return digits if sd is None else f"{mean:.4g} ± {sd:.2g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

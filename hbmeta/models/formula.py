@@ -49,6 +49,10 @@ class FormulaModel(HierarchicalModel):
     population's included; "coefficients_2" of a second term of the task. Deterministic: "effects_g"
     (levels, k).
 
+    What holds θ at a point takes the effects of other groups there too, with their scale: the joint
+    mode of both is no estimate of "scale_g" (it is far too large, and the effects are hardly
+    shrunk). NUTS draws them, and is what to use where other groups matter.
+
     Args:
         design: the columns, learned from a table.
         family: of the response.

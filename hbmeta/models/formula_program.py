@@ -142,7 +142,7 @@ def _mean(columns: Sequence[str], free: Sequence[str], common: Sequence[str]) ->
         return "fixed"
     first = at[0]
     if first is not None and at == list(range(first, first + len(at))):
-        return f"fixed[{first}:{first + len(at)}]"
+        return f"fixed[{first or ''}:{first + len(at)}]"
     entries = ["x.new_zeros(())" if i is None else f"fixed[{i}]" for i in at]
     return f"torch.stack([{', '.join(entries)}])"
 

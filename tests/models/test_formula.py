@@ -454,6 +454,15 @@ def test_predictions_for_a_nested_task_show_both_columns():
         fitted.predict(frame.head(2).assign(room="u"))
 
 
+def test_effects_of_other_groups_reach_arviz():
+    frame = ratings()
+    model = from_formula("gaussian ~ x + (1 | rater) + (1 + x | item)", frame)
+    fitted = ExactLinear(prior=True).fit(model, model.tasks(frame), compile=False)
+    posterior = fitted.to_inference_data(draws=4).posterior
+    assert posterior["coefficients"].shape[-2:] == (8, 1)
+    assert fitted.globals()["effects_item"].shape == (6, 2)
+
+
 def test_a_model_is_built_again_from_its_state():
     frame = ratings()
     model = from_formula("poisson ~ bs(x, df=4) + arm + (1 | rater) + (1 | item)", frame, "poisson")
