@@ -19,8 +19,9 @@ from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.training import Learned, Options, prior_scales
 
-# A scale is reported as zero where it fell this far below where it started, its prior's, and a tenth
-# of it would change the evidence by less than so many nats: under a wide prior a small scale is one.
+# A scale is reported as zero where it fell this far below where it started, its prior's, and a
+# tenth of it would change the evidence by less than so many nats: under a wide prior a small
+# scale is no zero.
 _AT_ZERO = 1e-3
 _FLAT = 0.05
 _POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "LogNormal")

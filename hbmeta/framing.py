@@ -66,7 +66,7 @@ def predict_frame(
         rows = _support_of(new, observed, schema)
         kinds = ["adapted" if count else "new" for count in rows.counts.tolist()]
         fill(fitted.adapt(rows, seed=seed), kinds)
-    table = frame[[schema.group]].copy()
+    table = frame[list(schema.group_columns)].copy()
     table["status"] = status
     table[list(_COLUMNS[1:])] = numbers
     return table
@@ -89,11 +89,12 @@ def _checked(fitted: Fitted, interval: float) -> Schema:
             do="Fit on what tasks.from_frame(...) or its split(...) returns, or predict with "
             "fitted.adapt(support).predict(x).",
         )
-    if schema.group in _COLUMNS:
+    taken = next((name for name in schema.group_columns if name in _COLUMNS), None)
+    if taken is not None:
         raise DataError(
             _WHERE,
             needed=f"a group column named otherwise than {', '.join(_COLUMNS)}",
-            found=f"{schema.group!r}",
+            found=f"{taken!r}",
             do="Rename it before tasks.from_frame, and fit again.",
         )
     return schema

@@ -9,6 +9,8 @@ For x = T(u) with T the bijection of the support, the mode of p(u) = p(T(u)) |T'
     Beta, Dirichlet, Uniform                          the image of the mean
     HalfNormal, HalfCauchy, Weibull                   the scale: x e^(-x²/2s²) and x / (1 + x²/s²)
                                                       peak at s
+    StudentT folded at 0                              the scale: x (1 + x²/νs²)^(-(ν+1)/2) peaks
+                                                      where νs² + x² = (ν+1) x²
     LKJCholesky                                       the identity
     ImproperUniform over the reals                    0, as good as any
     a bijective transform of one of these             its base's location, pushed through; the mode
@@ -72,6 +74,8 @@ def location(distribution: Distribution, where: str) -> Tensor:
         return base.scale.expand(base.batch_shape)
     if isinstance(base, torch.distributions.Weibull):
         return base.scale.expand(base.batch_shape)
+    if isinstance(base, dist.FoldedDistribution) and isinstance(base.base_dist, dist.StudentT):
+        return base.base_dist.scale.expand(base.batch_shape)
     if isinstance(base, dist.InverseGamma):
         # 1/x is Gamma(a, b), whose location is a/b; the logarithm only changes sign.
         mean: Tensor = base.rate / base.concentration

@@ -1183,6 +1183,58 @@ LAPLACE = [
     ),
 ]
 
+
+def formula(text, family="gaussian", **arguments):
+    """A formula on the table of schools."""
+    return models.from_formula(text, fits.table(), family, **arguments)
+
+
+FORMULAS = [
+    kind("no group term", "'score ~ hours'", lambda _: formula("score ~ hours"), "(1 | group)"),
+    kind(
+        "a bar that is no summand",
+        "hours * (1 | school)",
+        lambda _: formula("score ~ hours * (1 | school)"),
+        "a summand of its own",
+    ),
+    kind(
+        "an unknown column in a formula",
+        "'hours'",
+        lambda _: formula("score ~ hour + (1 | school)"),
+        "Was 'hours' meant?",
+    ),
+    kind(
+        "a function that computes no column",
+        "the function 'open'",
+        lambda _: formula("score ~ open(hours) + (1 | school)"),
+        "Compute this column in the table first",
+    ),
+    kind(
+        "a log of what is negative",
+        "nan in ",
+        lambda _: formula("score ~ log(hours - 5) + (1 | school)"),
+        "finite values of 'log(hours - 5)'",
+    ),
+    kind(
+        "a prior by another name",
+        "'nois'",
+        lambda _: formula("score ~ (1 | school)", priors={"nois": "HalfNormal(1)"}),
+        "Was 'noise' meant?",
+    ),
+    kind(
+        "a prior that is no distribution",
+        "no distribution 'Norm'",
+        lambda _: formula("score ~ (1 | school)", priors={"noise": "Norm(1)"}),
+        "the prior of 'noise'",
+    ),
+    kind(
+        "an unknown family of a formula",
+        "'gamma'",
+        lambda _: formula("score ~ (1 | school)", "gamma"),
+        "negative_binomial",
+    ),
+]
+
 BAYESIAN_MAML = [
     kind("inner steps as text", "steps='5'", lambda _: ABML(steps="5"), "whole number"),
     kind("an infinite inner step", "step_size=inf", lambda _: BMAML(step_size=float("inf"))),
@@ -1257,6 +1309,7 @@ KINDS = [
     *LAPLACE,
     *BAYESIAN_MAML,
     *BOUNDS,
+    *FORMULAS,
 ]
 
 

@@ -39,6 +39,7 @@ CASES = {
     "Uniform": dist.Uniform(number(-1.0), number(4.0)),
     "HalfNormal": dist.HalfNormal(number(2.5)),
     "HalfCauchy": dist.HalfCauchy(number(2.5)),
+    "half Student-t": dist.FoldedDistribution(dist.StudentT(number(4.0), number(0.0), number(2.5))),
     "Weibull": dist.Weibull(number(2.5), number(1.7)),
     "LKJCholesky": dist.LKJCholesky(3, number(1.5)),
     "LogNormal": dist.LogNormal(number(0.7), number(0.5)),

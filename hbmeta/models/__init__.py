@@ -7,6 +7,7 @@ from typing import Any
 
 from hbmeta.errors import FileError, UnsupportedModelError
 from hbmeta.models.class_conditional import ClassConditional
+from hbmeta.models.formula import FormulaModel, from_formula
 from hbmeta.models.gaussian_process import GaussianProcess
 from hbmeta.models.hierarchical import HierarchicalModel
 from hbmeta.models.latent_process import LatentProcess
@@ -17,6 +18,7 @@ from hbmeta.models.varying_effects import Priors, VaryingEffects
 __all__ = [
     "READY_MADE",
     "ClassConditional",
+    "FormulaModel",
     "GaussianProcess",
     "HierarchicalModel",
     "LatentProcess",
@@ -25,11 +27,13 @@ __all__ = [
     "NeuralRegression",
     "Priors",
     "VaryingEffects",
+    "from_formula",
     "model_from_state",
 ]
 
 READY_MADE: dict[str, type[HierarchicalModel]] = {
     "ClassConditional": ClassConditional,
+    "FormulaModel": FormulaModel,
     "GaussianProcess": GaussianProcess,
     "LatentProcess": LatentProcess,
     "LinearRegression": LinearRegression,

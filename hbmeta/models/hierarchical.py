@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -27,7 +26,8 @@ class HierarchicalModel(PyroModule):
         φ_i | θ ~ p(φ | θ)     task_prior(theta), one per task
         y_ij | φ_i, θ, x_ij    likelihood(theta, phi, x), one per point
 
-    A subclass fills in these three. Each is written for the cells as they come: in the nested
+    A subclass fills in these three, or replaces `forward` where all of them stand in one program
+    (`FormulaModel`). Each is written for the cells as they come: in the nested
     layout φ is (tasks, 1, *event) and x (tasks, points, features), in the flat layout φ is
     (rows, *event), gathered by the group index, and x (rows, features), so that φ and x broadcast
     in both. θ has no task dimension. Numbers that a subclass needs are plain floats or buffers,
@@ -58,7 +58,6 @@ class HierarchicalModel(PyroModule):
     takes_context: Literal["support", "rows"] | None = None
     """Whose rows the likelihood is given as `context`; see `hbmeta.program.takes_context`."""
 
-    @abstractmethod
     def level_one(self) -> dict[str, Tensor]:
         """Draw the global sites.
 
@@ -67,7 +66,6 @@ class HierarchicalModel(PyroModule):
         """
         raise NotImplementedError
 
-    @abstractmethod
     def task_prior(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Draw the local sites; called inside plate `task`.
 
@@ -81,7 +79,6 @@ class HierarchicalModel(PyroModule):
         """
         raise NotImplementedError
 
-    @abstractmethod
     def likelihood(
         self, theta: Mapping[str, Tensor], phi: Mapping[str, Tensor], x: Tensor
     ) -> TorchDistribution:

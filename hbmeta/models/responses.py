@@ -10,18 +10,17 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from hbmeta.errors import DataError
 from hbmeta.models.columns import position
-from hbmeta.models.effect_priors import Family
 from hbmeta.tasks import Tasks
 
 __all__ = ["check_like_fit", "check_response"]
 
 
-def check_response(tasks: Tasks, family: Family, totals: str | None, *, where: str) -> None:
+def check_response(tasks: Tasks, family: str, totals: str | None, *, where: str) -> None:
     """Raise where y, or the numbers of trials, lie outside the family.
 
     Args:
         tasks: the data, with one number y per row.
-        family: see `VaryingEffects`.
+        family: see `VaryingEffects` and `from_formula`.
         totals: the column of the numbers of trials of "binomial".
         where: the caller, for the message.
     Raises:
@@ -37,8 +36,8 @@ def check_response(tasks: Tasks, family: Family, totals: str | None, *, where: s
         )
     if family == "bernoulli":
         _check(tasks, (y == 0) | (y == 1), y, "y that is 0 or 1 (bernoulli)", where)
-    elif family == "poisson":
-        _check(tasks, _count(y), y, "whole y of at least 0 (poisson)", where)
+    elif family in ("poisson", "negative_binomial"):
+        _check(tasks, _count(y), y, f"whole y of at least 0 ({family})", where)
     elif family == "binomial":
         assert totals is not None
         n = tasks.flat_x[:, position(totals, tasks.features, where=where)]

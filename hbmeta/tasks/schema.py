@@ -18,6 +18,7 @@ from torch import Tensor
 from hbmeta.errors import DataError
 from hbmeta.tasks.batch import Tasks
 from hbmeta.tasks.columns import Column, Level, complete_rows, group_labels, names_in, plain_values
+from hbmeta.tasks.design import Design
 
 __all__ = ["Encoded", "Schema"]
 
@@ -62,6 +63,7 @@ class Schema:
         unseen: what an unknown level of an input does: "raise" an error, or count as the
             "reference" level, with a warning.
         dtype: name of the floating dtype, such as "float64".
+        design: how a formula makes these columns of the table's own; None where they are its own.
     """
 
     group: str
@@ -70,6 +72,12 @@ class Schema:
     missing: MissingPolicy
     unseen: UnseenPolicy
     dtype: str
+    design: Design | None = None
+
+    @property
+    def group_columns(self) -> tuple[str, ...]:
+        """The columns of the table that the labels of the groups are made of."""
+        return (self.group,) if self.design is None else self.design.group_columns
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -113,8 +121,11 @@ class Schema:
         where = "Schema.encode"
         names = [self.group, *(column.name for column in self.x)]
         names += [self.y.name] if need_y else []
-        names_in(frame, names, where=where)
-        table, rows = complete_rows(frame, names, self.missing, where=where)
+        if self.design is None:
+            names_in(frame, names, where=where)
+            table, rows = complete_rows(frame, names, self.missing, where=where)
+        else:
+            table, rows = self.design.table(frame, missing=self.missing, need_y=need_y)
         codes, ids = group_labels(table[self.group], where=where)
         columns = [self._encode_input(column, table[column.name]) for column in self.x]
         x = np.concatenate([np.empty((len(table), 0)), *columns], axis=1)
@@ -158,6 +169,8 @@ class Schema:
             fields: dict[str, Any] = json.loads(text)
             fields["x"] = tuple(_column(column) for column in fields["x"])
             fields["y"] = _column(fields["y"])
+            if fields.get("design") is not None:
+                fields["design"] = Design.from_json(fields["design"])
             return cls(**fields)
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
