@@ -165,6 +165,14 @@ class TaskArguments:
         """(...) Σ_i K_i."""
         return np.asarray(self.n_tasks * self.task_kls.mean(-1))
 
+    def require_shapes(self, where: str, **others: Array) -> None:
+        """Raises DataError unless others, (...), broadcast with the bounds asked for."""
+        own = np.broadcast_shapes(
+            *(a.shape[:-1] for a in (self.risk, self.task_kls, self.n_samples)),
+            *(a.shape for a in (self.hyper_kl, self.n_tasks, self.delta)),
+        )
+        common_shape(where, arguments=np.broadcast_to(0.0, own), **others)
+
     def column(self, name: str) -> Array:
         """(..., 1) one of `hyper_kl`, `n_tasks`, `delta`, to stand beside numbers per task."""
         values: Array = getattr(self, name)[..., None]

@@ -159,6 +159,13 @@ def categorical_kl(probabilities: Values, prior_probabilities: Values) -> Array:
     own = _distribution(probabilities, "probabilities", where)
     prior = _distribution(prior_probabilities, "prior_probabilities", where)
     common_shape(where, probabilities=own, prior_probabilities=prior)
+    if own.shape[-1] != prior.shape[-1]:
+        raise DataError(
+            where,
+            needed="both distributions over the same set",
+            found=f"{own.shape[-1]} and {prior.shape[-1]} elements",
+            do="Give the prior probability of every element.",
+        )
     return np.asarray(np.maximum(rel_entr(own, prior).sum(-1), 0.0))
 
 

@@ -67,9 +67,12 @@ def expected_kl_fixed_variance(
         DataError: as for `diagonal_gaussian_kl`.
     """
     where = "expected_kl_fixed_variance"
-    kl = diagonal_gaussian_kl(mean, sd, prior_mean, prior_sd)
-    ratio = scale(hyper_sd, "hyper_sd", where, zero=True) / scale(prior_sd, "prior_sd", where)
-    return np.asarray(kl + 0.5 * _summed(np.square(ratio), mean, prior_mean, sd, where))
+    kappa, s = scale(hyper_sd, "hyper_sd", where, zero=True), scale(prior_sd, "prior_sd", where)
+    mean = _in_all_coordinates(
+        mean, where, sd=sd, prior_mean=prior_mean, hyper_sd=kappa, prior_sd=s
+    )
+    kl = diagonal_gaussian_kl(mean, sd, prior_mean, s)
+    return np.asarray(kl + 0.5 * np.broadcast_to(np.square(kappa / s), mean.shape).sum(-1))
 
 
 def expected_kl_learned_variance(
@@ -94,11 +97,13 @@ def expected_kl_learned_variance(
     """
     where = "expected_kl_learned_variance"
     rho = as_array(prior_log_variance, "prior_log_variance", where)
+    kappa = scale(hyper_sd, "hyper_sd", where, zero=True)
+    mean = _in_all_coordinates(
+        mean, where, sd=sd, prior_mean=prior_mean, prior_log_variance=rho, hyper_sd=kappa
+    )
     kl = diagonal_gaussian_kl(mean, sd, prior_mean, np.exp(0.5 * rho))
-    squared_hyper = np.square(scale(hyper_sd, "hyper_sd", where, zero=True))
-    shift = as_array(mean, "mean", where) - as_array(prior_mean, "prior_mean", where)
-    own = np.square(as_array(sd, "sd", where))
-    common_shape(where, mean=shift, sd=own, prior_log_variance=rho, hyper_sd=squared_hyper)
+    squared_hyper, own = np.square(kappa), np.square(as_array(sd, "sd", where))
+    shift = mean - as_array(prior_mean, "prior_mean", where)
     inflated = (np.square(shift) + squared_hyper + own) * np.expm1(0.5 * squared_hyper)
     added = (squared_hyper + inflated) * np.exp(-rho)
     return np.asarray(kl + 0.5 * added.sum(-1))
@@ -148,13 +153,8 @@ def expected_kl_affine(
     return np.asarray(kl + 0.5 * moved.sum((-2, -1)))
 
 
-def _summed(term: Array, mean: Values, prior_mean: Values, sd: Values, where: str) -> Array:
-    """Σ_j over all coordinates of a term that may be one number for all of them."""
-    shape = common_shape(
-        where,
-        term=term,
-        mean=as_array(mean, "mean", where),
-        prior_mean=as_array(prior_mean, "prior_mean", where),
-        sd=as_array(sd, "sd", where),
-    )
-    return np.asarray(np.broadcast_to(term, shape).sum(-1))
+def _in_all_coordinates(mean: Values, where: str, **others: Values) -> Array:
+    """The mean in the shape to which all broadcast: every part of a sum has all its terms."""
+    own = as_array(mean, "mean", where)
+    arrays = {name: as_array(value, name, where) for name, value in others.items()}
+    return np.broadcast_to(own, common_shape(where, mean=own, **arrays))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from hbmeta.bounds.bound import Bound, bound_of_terms
-from hbmeta.bounds.checks import Array, Values, common_shape, positive, task_arguments
+from hbmeta.bounds.checks import Array, Values, positive, task_arguments
 
 __all__ = ["pentina_lampert"]
 
@@ -68,7 +68,7 @@ def pentina_lampert(
     harmonic = 1.0 / np.asarray((1.0 / given.n_samples).mean(-1))
     lam = _temperature(task_temperature, "task_temperature", np.sqrt(T), where)
     beta = _temperature(sample_temperature, "sample_temperature", np.sqrt(harmonic), where)
-    common_shape(where, temperatures=lam + beta, n_tasks=T, n_samples=harmonic)
+    given.require_shapes(where, task_temperature=lam, sample_temperature=beta)
     doubt = np.log(2.0 / given.delta)
     across = (given.hyper_kl + doubt) / lam + lam / (8.0 * T)
     paid = given.hyper_kl + given.summed_task_kls + doubt

@@ -25,7 +25,7 @@ from __future__ import annotations
 import numpy as np
 
 from hbmeta.bounds.bound import Bound, bound_of_terms
-from hbmeta.bounds.checks import Values, common_shape, positive, task_arguments
+from hbmeta.bounds.checks import Values, positive, task_arguments
 from hbmeta.errors import DataError
 
 __all__ = ["account_bound", "separate_roots"]
@@ -72,8 +72,8 @@ def separate_roots(
         least_tasks=2,
     )
     m, T = given.n_samples, given.n_tasks
-    epsilon = 0.5 / T if epsilon is None else positive(epsilon, "epsilon", where)
-    common_shape(where, epsilon=epsilon[..., None], n_tasks=T[..., None], n_samples=m)
+    epsilon = np.asarray(0.5 / T) if epsilon is None else positive(epsilon, "epsilon", where)
+    given.require_shapes(where, epsilon=epsilon)
     c = np.log(2.0 * np.sqrt(m) / epsilon[..., None])
     if (epsilon > 1.0).any() or (m * c < 2.0).any():
         raise DataError(

@@ -106,6 +106,18 @@ def test_every_coordinate_counts():
     assert float(many) == pytest.approx(50 * float(one), rel=1e-13)
 
 
+def test_coordinates_that_only_one_argument_has_count_in_every_term():
+    """Means of 0 written once, and three scales of the prior's spread: three coordinates."""
+    kappa = np.array([0.1, 0.2, 0.3])
+    for short in (0.0, [0.0]):
+        found = bounds.expected_kl_fixed_variance([0.0], 0.5, short, kappa, 1.0)
+        wanted = bounds.expected_kl_fixed_variance(np.zeros(3), 0.5, np.zeros(3), kappa, 1.0)
+        assert float(found) == float(wanted)
+        found = bounds.expected_kl_learned_variance([0.0], 0.5, short, 0.3, kappa)
+        wanted = bounds.expected_kl_learned_variance(np.zeros(3), 0.5, np.zeros(3), 0.3, kappa)
+        assert float(found) == float(wanted)
+
+
 def test_point_masses_cost_infinitely_much():
     assert float(bounds.gaussian_hyper_kl([1.0, 2.0], 0.0, 0.0, 1.0)) == np.inf
     assert float(bounds.expected_kl_fixed_variance([1.0], 0.0, [0.0], 0.1, 1.0)) == np.inf
@@ -177,6 +189,8 @@ def test_mixture_of_priors_costs_at_most_the_expected_kl():
         (lambda: bounds.low_rank_gaussian_kl([0, 0], 1, np.eye(3), 0, 1), "rank"),
         (lambda: bounds.categorical_kl([0.5, 0.6], [0.5, 0.5]), "sum to 1"),
         (lambda: bounds.categorical_kl([1.5, -0.5], [0.5, 0.5]), "0 or more"),
+        (lambda: bounds.categorical_kl([0.5, 0.5], [1.0]), "2 and 1 elements"),
+        (lambda: bounds.expected_kl_fixed_variance([0, 0], 1, 0, [1] * 3, [1] * 2), "broadcast"),
         (lambda: bounds.expected_kl_affine(np.eye(3), [0, 0], np.eye(2), [0, 0], 0, 1), "matrix"),
         (lambda: bounds.expected_kl_learned_variance([], 1, [], 0, 0), "at least one"),
     ],

@@ -291,7 +291,14 @@ def test_an_infinite_kl_is_booked_on_its_own_term():
         (lambda c: bounds.amit_meir_kl(**c, environment="both"), "'both'"),
         (lambda c: bounds.account_bound(**{**c, "n_samples": [5, 6, 7]}), "separate_roots"),
         (lambda c: bounds.separate_roots(**c, epsilon=2.0), "epsilon"),
+        (lambda c: bounds.separate_roots(**{**c, "hyper_kl": [1, 2]}, epsilon=[0.1] * 3), "broad"),
         (lambda c: bounds.pentina_lampert(**c, task_temperature=0.0), "positive"),
+        (
+            lambda c: bounds.pentina_lampert(
+                **c, task_temperature=[1, 2], sample_temperature=[1, 2, 3]
+            ),
+            "broadcast",
+        ),
         (lambda c: bounds.joint_kl(**{**c, "n_tasks": 2.5}), "whole numbers"),
         (lambda c: bounds.joint_kl(**{**c, "risk": None}), "None"),
     ],
