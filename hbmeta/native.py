@@ -4,9 +4,10 @@ Inductor turns a graph into kernels, C functions of addresses, and a Python func
 buffers and calls them. Shapes are fixed, so every run makes the same calls. One run is recorded,
 its buffers are kept, and a C function makes the calls again with the same addresses: what CUDA
 graphs are to a GPU. A sampler in another language then needs neither the interpreter nor its lock,
-and each thread has a recording (buffers) of its own.
+and each thread has a recording (buffers) of its own. One call of the log density, in float64 on one
+thread, against some 50 µs more through the interpreter:
 
-    log density of eight schools, one call: 50 µs through Python, 1 µs recorded
+    eight schools 0.3 µs, radon (919 rows, 90 latents) 5.3 µs, item response (6,000 rows, 340) 61 µs
 
 Matrix products, which Inductor leaves to ATen, have C functions in libtorch and are recorded too. A
 graph that calls any other operation of ATen (a Cholesky factor) is left to Python.
