@@ -207,8 +207,7 @@ def _in_threads(
     bar: Any,
 ) -> None:
     """Chains in the sampler's own threads, each with a recording of the potential."""
-    densities: dict[int, NativeDensity] = {}
-    running: dict[int, Any] = {}
+    running: dict[int, tuple[Any, NativeDensity]] = {}
     waiting = list(range(len(starts)))
     try:
         while waiting or running:
@@ -216,23 +215,23 @@ def _in_threads(
                 chain = waiting.pop(0)
                 density = native if chain == 0 else log_density.native()
                 assert density is not None
-                densities[chain] = density
                 model = _native_model(density, starts[chain].numpy().copy())
-                running[chain] = _sample(model, chain, settings, blocking=False)
-            bar.update(sum(density.kept for density in densities.values()) - bar.n)
-            for chain, sampler in list(running.items()):
+                running[chain] = (_sample(model, chain, settings, blocking=False), density)
+            for chain, (sampler, density) in list(running.items()):
                 try:
                     trace = sampler.wait(timeout=_SECONDS_BETWEEN_LOOKS)
                 except TimeoutError:
+                    shared.done[chain] = density.kept
                     continue
                 except Exception as error:
                     shared.fail(chain, str(error))
                 else:
                     _take(trace, shared, chain, settings)
                 del running[chain]
-                shared.gradients[chain] = densities[chain].evaluations
+                shared.done[chain], shared.gradients[chain] = density.kept, density.evaluations
+            bar.update(int(shared.done.sum()) - bar.n)
     finally:
-        for sampler in running.values():
+        for sampler, _ in running.values():
             sampler.cancel()
 
 

@@ -4,9 +4,10 @@ Inductor turns a graph into kernels, C functions of addresses, and a Python func
 buffers and calls them. Shapes are fixed, so every run makes the same calls. One run is recorded,
 its buffers are kept, and a C function makes the calls again with the same addresses: what CUDA
 graphs are to a GPU. A sampler in another language then needs neither the interpreter nor its lock,
-and each thread has a recording (buffers) of its own.
+and each thread has a recording (buffers) of its own. One call of the log density, in float64 on one
+thread, against some 50 µs more through the interpreter:
 
-    log density of eight schools, one call: 50 µs through Python, 1 µs recorded
+    eight schools 0.3 µs, radon (919 rows, 90 latents) 5.3 µs, item response (6,000 rows, 340) 61 µs
 
 Matrix products, which Inductor leaves to ATen, have C functions in libtorch and are recorded too. A
 graph that calls any other operation of ATen (a Cholesky factor) is left to Python.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import types
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +38,10 @@ _EVALUATIONS, _KEPT, _THREADS, _INPUT, _VALUE, _GRADIENT, _CALLS = range(7)
 
 # Matrix products by the C functions of libtorch that write into a tensor.
 _PRODUCTS = {
-    "mm": "aoti_torch_mm_out",
-    "bmm": "aoti_torch_bmm_out",
-    "addmm": "aoti_torch_addmm_out",
+    "mm": "aoti_torch_cpu_mm_out",
+    "bmm": "aoti_torch_cpu_bmm_out",
+    "addmm": "aoti_torch_cpu_addmm_out",
+    "baddbmm": "aoti_torch_cpu_baddbmm_out",
 }
 
 
@@ -144,7 +147,7 @@ class _Call:
     def source(self) -> tuple[str, str]:
         """Its type in C, and what follows its addresses."""
         returned = "int32_t" if self.of_libtorch else "void"
-        types_of = ", ".join(["void*"] * len(self.addresses) + ["float"] * len(self.numbers))
+        types_of = ", ".join(["void*"] * len(self.addresses) + ["double"] * len(self.numbers))
         return f"({returned} (*)({types_of}))", "".join(f", {n}" for n in self.numbers)
 
 
@@ -186,12 +189,12 @@ class _Recorder(TorchDispatchMode):
         self, name: str, *inputs: Tensor, out: Tensor, alpha: float = 1, beta: float = 1
     ) -> None:
         before = self.others
-        numbers = {"alpha": alpha, "beta": beta} if name == "addmm" else {}
+        numbers = {"beta": beta, "alpha": alpha} if "add" in name else {}
         getattr(torch, name)(*inputs, out=out, **numbers)
         self.others = before
         function = _address(getattr(ctypes.CDLL(torch._C.__file__), _PRODUCTS[name]))
         handles = _Handles([out, *inputs])
-        written = (f"{float(beta)}f", f"{float(alpha)}f") if numbers else ()
+        written = tuple(repr(float(number)) for number in numbers.values())
         self.calls.append(_Call(function, handles.addresses, True, written, handles))
 
 
@@ -209,17 +212,13 @@ class _Handles:
     """Tensors as the C functions of libtorch take them, let go of with this object."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self.capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
+        known = torch._C._aoti
+        capsules = known.unsafe_alloc_void_ptrs_from_tensors(tensors)
+        weakref.finalize(self, known.alloc_tensors_by_stealing_from_void_ptrs, capsules)
         pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
             ("PyCapsule_GetPointer", ctypes.pythonapi)
         )
-        return tuple(pointer(capsule, None) for capsule in self.capsules)
-
-    def __del__(self) -> None:
-        torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(self.capsules)
+        self.addresses: tuple[int, ...] = tuple(pointer(capsule, None) for capsule in capsules)
 
 
 def _address(function: Any) -> int:

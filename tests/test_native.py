@@ -14,10 +14,11 @@ from hbmeta.parametrisation import Coordinates
 from hbmeta.problem import Problem
 from tests.cases import case
 
-# Cases without a Cholesky factor.
+# Cases without a Cholesky factor; those of the last line have matrix products.
 NATIVE = (
     *("varying_intercepts", "ragged_one_row", "eight_schools_centered", "bernoulli"),
     *("poisson_offset", "student_t", "gamma_poisson", "lognormal_poisson", "class_conditional"),
+    *("module_parameters", "neural_zero", "neural_classifier", "latent_process"),
 )
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
