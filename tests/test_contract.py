@@ -33,7 +33,9 @@ POINTS = ("MAML", "FOMAML", "Reptile", "MetaSGD", "ANIL", "ImplicitMAML", "NoPoo
 NETWORKS = ("neural_regression", "neural_zero", "neural_classifier", "latent_process")
 
 # Rounding decides to which of many equal modes or ridges a saddle at φ = 0 is left.
-MANY_MODES = [(s, "neural_zero") for s in ("NUTS", "NoPooling", "Laplace", "Variational")]
+MANY_MODES = [
+    (s, "neural_zero") for s in ("NUTS", "NoPooling", "Laplace", "Variational", "Pathfinder")
+]
 
 # The rest of the gradient lens: among them momentum, learned step sizes and recomputed steps. The
 # inner problem of a ReLU network has kinks, which damping makes harmless.

@@ -19,35 +19,27 @@ def given(name, choice):
     batch = problem.batch(case(name).tasks)
     theta = problem.theta(batch)
     coordinates = Coordinates.of(problem, batch, choice, "test")
-    potential = staged_log_density(problem, batch, theta, "eager", 1, coordinates)[0]
+    potential = staged_log_density(problem, batch, theta, "graph", 1, coordinates)[0]
     return problem, batch, theta, potential, coordinates
 
 
 @pytest.mark.parametrize("choice", ["non-centered", "centered"])
 def test_eight_schools_start_inside_the_typical_set(choice):
-    """Finite, different, and with μ and log τ no more than ½ outside the range of 600 draws.
+    """Finite, different, and with μ and log τ within 5 of their posterior sds.
 
-    The joint mode of the centered program is at log τ → −∞.
+    μ has 4.4 ± 3.3 and log τ 0.8 ± 1.2; the joint mode of the centered program is at log τ → −∞.
     """
     problem, batch, theta, potential, coordinates = given("eight_schools_centered", choice)
     found = pathfinder_starts(
-        problem, batch, theta, potential, coordinates, count=8, seed=0, where="test"
+        problem, batch, theta, potential, coordinates, count=3, seed=0, where="test"
     )
     values = torch.stack([potential(point)[0] for point in found])
     assert bool(values.isfinite().all())
-    assert len(found.unique(dim=0)) == 8
-    name = "eight_schools_centered"
-    with warnings.catch_warnings():
-        # Fewer than 400 effective draws.
-        warnings.filterwarnings("ignore", message="NUTS: ")
-        sampled = NUTS(
-            draws=300, chains=2, warmup=200, parametrisation="non-centered", processes=1
-        ).fit(case(name).program, case(name).tasks, compile="graph")
-    drawn = sampled.theta
-    # Level 1 alone means the same in all coordinates: μ and log τ within the draws' range.
-    for site, at in unpack(problem, found, batch.n_tasks)[0].items():
-        low, high = drawn[site].min(), drawn[site].max()
-        assert bool(((at > low - 0.5) & (at < high + 0.5)).all()), site
+    assert len(found.unique(dim=0)) == 3
+    # Level 1 means the same in all coordinates.
+    drawn = unpack(problem, found, batch.n_tasks)[0]
+    for site, mean, sd in (("mu", 4.4, 3.3), ("tau", 0.8, 1.2)):
+        assert bool(((drawn[site] - mean).abs() < 5 * sd).all()), site
 
 
 def test_starts_are_the_same_draws_in_all_coordinates():
@@ -56,17 +48,13 @@ def test_starts_are_the_same_draws_in_all_coordinates():
     for choice in ("non-centered", "centered"):
         problem, batch, theta, potential, coordinates = given("eight_schools_centered", choice)
         found = pathfinder_starts(
-            problem, batch, theta, potential, coordinates, count=3, seed=2, where="test"
+            problem, batch, theta, potential, coordinates, count=2, seed=2, where="test"
         )
         before = coordinates.centered.clone()
         drawn, t = unpack(problem, found, batch.n_tasks)
         phi = coordinates.many({**theta, **drawn}, True, t, batch)[0]
         vectors[choice] = torch.cat([found[:, : problem.sites.theta_size], phi.flatten(1)], 1)
         assert torch.equal(coordinates.centered, before)
-        again = pathfinder_starts(
-            problem, batch, theta, potential, coordinates, count=3, seed=2, where="test"
-        )
-        assert torch.equal(again, found)
     torch.testing.assert_close(vectors["centered"], vectors["non-centered"], rtol=1e-9, atol=1e-9)
 
 
@@ -90,6 +78,7 @@ def test_spread_starts_are_within_one_of_the_location():
     assert float((found - centre).abs().max()) > 0.8
 
 
+@pytest.mark.slow
 def test_nuts_starts_where_it_is_told(untouched):
     """A short run from Pathfinder's draws has the posterior of the spread one, and repeats itself.
 
