@@ -124,7 +124,7 @@ class CrossedEvidence:
 
     # -- derivatives, each a function of tensors that can be traced -------------------------------
 
-    def _gradient_of(self, psi: Theta, u: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient_of(self, psi: Theta, u: Tensor, phi: Tensor) -> tuple[Tensor, ...]:
         """N and ∇_m N."""
         u, phi = (value.detach().requires_grad_() for value in (u, phi))
         with torch.enable_grad():
