@@ -284,4 +284,5 @@ def _axes(like: Tensor) -> list[Tensor]:
 def _inverse(lower: Tensor) -> Tensor:
     """The inverse of a lower factor."""
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    found: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return found
