@@ -124,7 +124,7 @@ class CrossedEvidence:
 
     # -- derivatives, each a function of tensors that can be traced -------------------------------
 
-    def _gradient_of(self, psi: Theta, u: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient_of(self, psi: Theta, u: Tensor, phi: Tensor) -> tuple[Tensor, ...]:
         """N and ∇_m N."""
         u, phi = (value.detach().requires_grad_() for value in (u, phi))
         with torch.enable_grad():
@@ -143,7 +143,7 @@ class CrossedEvidence:
         """∇²_m N (v, w)."""
         point = [value.detach().requires_grad_() for value in (u, phi)]
         with torch.enable_grad():
-            return _zeros(self._slope(psi, point, (v, w)), point)
+            return _derivatives(self._slope(psi, point, (v, w)), point)
 
     def _along_of(
         self, psi: Theta, u: Tensor, phi: Tensor, v: Tensor, w: Tensor
@@ -154,9 +154,9 @@ class CrossedEvidence:
         leaves = list(psi.values())
         with torch.enable_grad():
             slope = self._slope(psi, point, (v, w))
-            bend = _zeros(slope, point, create_graph=True)
+            bend = _derivatives(slope, point, create_graph=True)
             half = 0.5 * ((bend[0] * v).sum() + (bend[1] * w).sum())
-            return *_zeros(half, [*point, *leaves], keep=True), *_zeros(slope, leaves)
+            return *_derivatives(half, [*point, *leaves], keep=True), *_derivatives(slope, leaves)
 
     # -- mode, curvature and evidence -------------------------------------------------------------
 
@@ -251,14 +251,14 @@ class CrossedEvidence:
         follows = self._along(psi, u, phi, *v)[2 + n :]
         leaves = {name: value.detach().requires_grad_() for name, value in psi.items()}
         with torch.enable_grad():
-            direct = _zeros(self.energy(leaves, u, phi), list(leaves.values()))
+            direct = _derivatives(self.energy(leaves, u, phi), list(leaves.values()))
         return {
             name: -here - bend + follow
             for name, here, bend, follow in zip(psi, direct, bends[2:], follows, strict=True)
         }
 
 
-def _zeros(
+def _derivatives(
     value: Tensor, leaves: list[Tensor], *, create_graph: bool = False, keep: bool = False
 ) -> tuple[Tensor, ...]:
     """Gradients, zero where the value does not depend on a leaf."""
@@ -284,4 +284,5 @@ def _axes(like: Tensor) -> list[Tensor]:
 def _inverse(lower: Tensor) -> Tensor:
     """The inverse of a lower factor."""
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    found: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return found

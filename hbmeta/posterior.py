@@ -338,9 +338,8 @@ class TaskPosterior:
             # Before any draw: 1,000 of 100,000 tasks take half a minute.
             exact = linear_gaussian(self.problem, self.theta, self.density, tasks, self.support)
             if exact is not None:
-                return Predictive(
-                    exact, tasks, joint=exact.joint, joint_sample=exact.sample, **units
-                )  # type: ignore[arg-type]
+                joint = {"joint": exact.joint, "joint_sample": exact.sample}
+                return Predictive(exact, tasks, **joint, **units)  # type: ignore[arg-type]
         particles = self.particles(draws, seed)
         if tasks.n_points and self.problem.layout == "joint":
             functions = Functions(self.problem, particles, self.support, tasks)

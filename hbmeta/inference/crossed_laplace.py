@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -124,7 +126,7 @@ def learn_crossed(
     def objective(vector: Tensor, value: Tensor, slope: Tensor) -> Tensor:
         return -(value + (vector - vector.detach()) @ slope) / max(tasks.n_points, 1)
 
-    psi, info = dict(search.psi), {}
+    psi, info = dict(search.psi), dict[str, Any]()
     if names:
         first = torch.zeros(sum(sizes), dtype=problem.dtype, device=problem.device)
         found = minimise(

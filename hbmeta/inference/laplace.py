@@ -154,9 +154,10 @@ class Laplace(Strategy):
         self._check_crossed()
 
     def _check_crossed(self) -> None:
+        # Files give lists for tuples.
+        object.__setattr__(self, "integrated", site_names(self.integrated, self.name))
         if not self.integrated:
             return
-        object.__setattr__(self, "integrated", site_names(self.integrated, self.name))
         if self.curvature != "exact" or self.damping is not None or not self.prior:
             raise DataError(
                 self.name,
