@@ -217,7 +217,7 @@ def from_formula(
         ... )
         >>> model = from_formula("reaction ~ days + (1 + days | subject)", frame)
         >>> model.tasks(frame)
-        TaskSet(2 groups, 4 rows, not split)
+        TaskSet(2 groups, 4 rows, not split, features [days])
     """
     if family not in FORMULA_FAMILIES:
         raise DataError(

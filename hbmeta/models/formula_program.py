@@ -196,7 +196,12 @@ def _wrapped(line: str, indent: int) -> str:
         return _filled(line, space, f"{space}# ")
     head, bracket, rest = line.partition("(")
     inner = f"{space}    "
-    return f"{space}{head}{bracket}\n{_filled(rest[:-1], inner, inner + '    ')}\n{space})"
+    arguments = rest[:-1]
+    if len(inner) + len(arguments) > _WIDTH:  # the name of the site in a line of its own
+        name, comma, arguments = arguments.partition(",")
+        head, bracket = f"{head}{bracket}\n{inner}{name}{comma}", ""
+    filled = _filled(arguments.strip(), inner, f"{inner}    ")
+    return f"{space}{head}{bracket}\n{filled}\n{space})"
 
 
 def _filled(text: str, first: str, further: str) -> str:

@@ -332,6 +332,18 @@ def test_priors_are_scaled_as_bambis():
     np.testing.assert_allclose(prior.scale, [wide, 2.5 / x.std()], rtol=5e-4)
 
 
+def test_priors_are_those_that_bambi_prints():
+    """bambi.Model(SLEEP, frame) of Bambi 0.16.0 on the same table; ours have four digits."""
+    frame = sleep()
+    model = from_formula(SLEEP, frame)
+    trace = traced(model, model.tasks(frame).tasks)
+    fixed, scale, noise = (trace.nodes[n]["fn"].base_dist for n in ("fixed", "scale", "noise"))
+    np.testing.assert_allclose(fixed.loc, [285.8774, 0.0], rtol=5e-4)
+    np.testing.assert_allclose(fixed.scale, [245.6466, 46.0138], rtol=5e-4)
+    np.testing.assert_allclose(scale.scale, [245.6466, 46.0138], rtol=5e-4)
+    np.testing.assert_allclose([noise.df, noise.loc, noise.scale], [4.0, 0.0, 52.8659], rtol=5e-4)
+
+
 def test_priors_of_ones_own():
     priors = {
         "x": "Normal(1, 0.5)",
