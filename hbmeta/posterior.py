@@ -335,6 +335,7 @@ class TaskPosterior:
         units = {"location": self.units.location, "scale": self.units.scale, "seed": seed}
         plain = self.problem.layout != "joint" and self.problem.classes is None
         if plain:
+            check_count(draws, "draws", where="posterior")
             # Before any draw: 1,000 of 100,000 tasks take half a minute.
             exact = linear_gaussian(self.problem, self.theta, self.density, tasks, self.support)
             if exact is not None:

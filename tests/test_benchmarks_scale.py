@@ -69,6 +69,7 @@ def test_likelihood_is_that_of_one_gaussian_over_all_rows():
     np.testing.assert_allclose(found.students_sd, np.sqrt(variance), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_every_strategy_gives_a_row_of_the_table():
     """Laplace finds the scales of the likelihood; of NUTS and Variational a few steps are run."""
     tasks, program = part_of(ratings(), RATINGS, 0)
