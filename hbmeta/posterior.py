@@ -321,6 +321,7 @@ class TaskPosterior:
         Returns:
             a Predictive shaped as y, in the units of the data.
         """
+        draws = check_count(draws, "draws", where="posterior")
         tasks = (
             x if isinstance(x, Tasks) else Tasks(x, ids=self.ids, features=self.support.features)
         )
