@@ -75,7 +75,8 @@ def location(distribution: Distribution, where: str) -> Tensor:
     if isinstance(base, torch.distributions.Weibull):
         return base.scale.expand(base.batch_shape)
     if isinstance(base, dist.FoldedDistribution) and isinstance(base.base_dist, dist.StudentT):
-        return base.base_dist.scale.expand(base.batch_shape)
+        scale: Tensor = base.base_dist.scale
+        return scale.expand(base.batch_shape)
     if isinstance(base, dist.InverseGamma):
         # 1/x is Gamma(a, b), whose location is a/b; the logarithm only changes sign.
         mean: Tensor = base.rate / base.concentration
