@@ -56,6 +56,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "MetaSGD": {"steps": 5},
 }
 NOT_APPROXIMATIONS = ("NUTS", "Strategy")
+# An sd ratio below this is that of a point.
+_POINT = 0.02
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,9 @@ def figure(results: Sequence[Result]) -> Figure:
     from benchmarks.distance_figure import time_against_distance
 
     points: dict[str, list[tuple[float, float]]] = {}
+    ratios: dict[str, list[float]] = {}
     for r in results:
-        place = (r.seconds_fit + r.seconds_adapt, max(r.wasserstein, 1e-3))
-        points.setdefault(r.strategy, []).append(place)
-    return time_against_distance(points)
+        points.setdefault(r.strategy, []).append((r.seconds_fit + r.seconds_adapt, r.wasserstein))
+        ratios.setdefault(r.strategy, []).append(r.ratio_median)
+    singles = [name for name, found in ratios.items() if np.median(found) < _POINT]
+    return time_against_distance(points, singles)

@@ -155,16 +155,27 @@ def test_every_strategy_that_exists_is_tried_by_name():
     assert list(approximations.strategies(["ExactLinear"])) == ["ExactLinear"]
 
 
-def test_the_figure_has_a_mark_per_strategy_and_program_and_a_label_per_strategy():
-    points = {"NUTS": [(30.0, 0.01), (60.0, 0.02)], "MAML": [(3.0, 1.0)], "Mine": [(3.0, 1.1)]}
-    figure = time_against_distance(points)
-    axis = figure.axes[0]
+def test_the_figure_has_a_dot_per_strategy_and_program_and_a_disc_per_strategy():
+    points = {"MAML": [(3.0, 1.0)], "Mine": [(3.0, 1.0), (4.0, 1e9)], "NUTS": [(30.0, 0.01)]}
+    figure = time_against_distance(points, singles=["MAML"])
+    axis, names = figure.axes
     assert axis.get_xscale() == axis.get_yscale() == "log"
-    assert [text.get_text() for text in axis.texts] == ["NUTS", "MAML", "Mine"]
-    small = [line for line in axis.lines if line.get_markersize() == 3]
-    assert [len(line.get_xdata()) for line in small] == [2, 1, 1]
-    boxes = [text.get_window_extent() for text in axis.texts]
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    dots = dict.fromkeys((".", "^"), 0)
+    for line in axis.lines:
+        if line.get_marker() in dots:
+            dots[line.get_marker()] += len(line.get_xdata())
+    assert dots == {".": 3, "^": 1}
+    # Numbered by the median distance, named beside it; what is far off stays in the picture.
+    assert [text.get_text() for text in axis.texts] == ["1", "2", "3"]
+    assert [text.get_text() for text in names.texts[:6]] == ["1", "NUTS", "2", "MAML", "3", "Mine"]
+    low, high = axis.get_ylim()
+    places = np.array([text.get_position() for text in axis.texts])
+    assert (low < places[:, 1]).all()
+    assert (places[:, 1] < high).all()
+    # MAML's disc and that of Mine, both at three seconds, do not cover each other.
+    pixels = axis.transData.transform(places)
+    apart = np.hypot(*(pixels[1] - pixels[2])) * 72 / figure.dpi
+    assert apart > 9.0
 
 
 def test_every_stored_definition_has_a_program(data_folder):
