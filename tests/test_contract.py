@@ -62,22 +62,24 @@ POSTERIORS = {
 EVERYWHERE = ("linear_given_theta", "varying_intercepts", "gamma_poisson", "neural_zero")
 
 
-def _marks(strategy, name):
-    later = strategy in POSTERIORS and name not in EVERYWHERE
-    return [pytest.mark.slow] * later
-
-
-each_working_pair = pytest.mark.parametrize(
-    ("strategy", "name"), [pytest.param(*pair, marks=_marks(*pair)) for pair in WORKING]
-)
-
-# Searches over all weights of networks, which take half a minute to do twice.
+# Searches over all weights of networks, which take up to half a minute.
 LONG = {
     ("Quadrature", "latent_process"),
     ("NoPooling", "latent_process"),
     ("CompletePooling", "latent_process"),
     ("NoPooling", "neural_zero"),
+    ("Variational", "neural_zero"),
 }
+
+
+def _marks(strategy, name):
+    later = strategy in POSTERIORS and name not in EVERYWHERE
+    return [pytest.mark.slow] * (later or (strategy, name) in LONG)
+
+
+each_working_pair = pytest.mark.parametrize(
+    ("strategy", "name"), [pytest.param(*pair, marks=_marks(*pair)) for pair in WORKING]
+)
 
 
 def strategy_of(strategy, name, *, small):
@@ -200,13 +202,7 @@ def test_matrix_is_complete():
 # What working means
 
 
-@pytest.mark.parametrize(
-    ("strategy", "name"),
-    [
-        pytest.param(*pair, marks=[pytest.mark.slow] if pair in LONG else _marks(*pair))
-        for pair in WORKING
-    ],
-)
+@each_working_pair
 def test_same_seed_gives_the_same_bits_and_leaves_no_trace(strategy, name, untouched):
     # Parameters of these names in the store must neither be read nor written.
     with pyro.get_param_store().scope():

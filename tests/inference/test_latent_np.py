@@ -240,7 +240,7 @@ def test_any_program(name, objective):
     assert torch.isfinite(fitted.adapt(case(name).tasks).density.loc).all()
 
 
-@pytest.mark.parametrize("objective", ["np", "npml"])
+@pytest.mark.parametrize("objective", [pytest.param("np", marks=pytest.mark.slow), "npml"])
 def test_linear_tasks_are_predicted_as_by_the_exact_posterior(objective):
     """θ given: joint NLL per point within 0.1 nats of the exact one on 200 new tasks.
 

@@ -147,6 +147,7 @@ def test_eight_schools_written_either_way():
         assert float(values["mu"]) == pytest.approx(4.47, abs=0.01)
 
 
+@pytest.mark.slow
 def test_minibatches_of_tasks_lead_to_the_same_theta():
     """Noise of minibatches is left in θ: 0.1 in units of log or of y, a quarter of its own sd.
 

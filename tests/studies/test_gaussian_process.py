@@ -37,6 +37,7 @@ def test_draws_of_the_lengthscale_agree_with_quadrature(outcome):
     assert nuts.distance.sd_ratio == pytest.approx(1.0, abs=0.2)
 
 
+@pytest.mark.slow
 def test_agreement_counts_standard_errors():
     fits = {}
 
