@@ -42,7 +42,8 @@ from hbmeta.inference import NUTS, AmortizedGuide, Laplace, Variational
 from hbmeta.tasks import Tasks, from_frame
 
 SEED = 0
-KEPT = Path(__file__).resolve().parent / "results" / "scale"
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "results" / "scale"
 INTEGRATED = ("mu", "beta", "lecturer", "z")
 # Limits of a shift from NUTS in its posterior standard deviations: of the means of μ, β and each
 # scale but that of the 14 departments, whose posterior is skewed; of that one; and of the students'
