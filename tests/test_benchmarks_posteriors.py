@@ -36,6 +36,7 @@ def agree(rows):
     assert not failed, failed
 
 
+@pytest.mark.slow
 def test_radon_in_the_flat_layout_agrees_with_quadrature():
     fitted = NUTS(draws=DRAWS).fit(radon_flat, radon_tasks(), seed=0)
     found = agreement.draws_by_name(fitted)

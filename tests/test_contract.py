@@ -68,6 +68,9 @@ LONG = {
     ("NoPooling", "latent_process"),
     ("CompletePooling", "latent_process"),
     ("NoPooling", "neural_zero"),
+    ("CompletePooling", "neural_zero"),
+    ("CompletePooling", "neural_regression"),
+    ("Pathfinder", "neural_zero"),
     ("Variational", "neural_zero"),
 }
 
@@ -167,7 +170,14 @@ def centre(predictive):
 # The matrix
 
 
-@pytest.mark.parametrize(("strategy", "name"), [(s, n) for n in NAMES for s in STRATEGIES])
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        pytest.param(s, n, marks=[pytest.mark.slow] * ((s, n) in LONG))
+        for n in NAMES
+        for s in STRATEGIES
+    ],
+)
 def test_outcome_is_as_committed(strategy, name):
     expected = contract_matrix.outcome(strategy, name)
     if isinstance(expected, Refuses):

@@ -305,6 +305,7 @@ def test_rounds_are_interleaved_and_seconds_are_those_of_a_call(monkeypatch):
 # Memory
 
 
+@pytest.mark.slow
 def test_memory_of_the_lens(monkeypatch):
     """The whole graph grows with N, the chain by one φ a step, implicit gradients not at all."""
     for name in ("PRODUCTS_PER_STEP", "PRODUCTS_PER_SOLVE"):
