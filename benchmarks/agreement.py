@@ -22,7 +22,6 @@ from hbmeta.fitted import Fitted
 
 MEAN_LIMIT, SD_LIMIT = 0.1, 0.1
 _ALL = 10**9
-_CELLS = 2 * 10**7
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,11 @@ def draws_by_name(fitted: Fitted) -> Draws:
     local = (*sites.locals, *sites.deterministic_local)
     shapes = {site.name: site.shape for site in (*sites.globals, *sites.deterministic_global)}
     shapes |= {site.name: (fitted.tasks.n_tasks, *site.shape) for site in local}
-    moving = {site.name for site in sites.globals} if particles.drawn else set()
-    # A program is run with its rows, many draws at a time: as many as fit into memory.
+    found = problem.particle_values(particles.theta, particles.drawn, particles.phi, batch)
     draws = len(particles.phi)
-    step = max(1, _CELLS // fitted.tasks.n_points)
-    parts: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in shapes}
-    for start in range(0, draws, step):
-        kept = slice(start, start + step)
-        theta = {k: v[kept] if k in moving else v for k, v in particles.theta.items()}
-        phi = particles.phi[kept]
-        found = problem.particle_values(theta, particles.drawn, phi, batch)
-        for name, shape in shapes.items():
-            parts[name].append(found[name].expand(len(phi), *shape).reshape(len(phi), -1).numpy())
     flat: Draws = {}
-    for name, pieces in parts.items():
-        columns = np.concatenate(pieces).T
+    for name, shape in shapes.items():
+        columns = found[name].expand(draws, *shape).reshape(draws, -1).numpy().T
         for label, column in zip(labels(name, len(columns)), columns, strict=True):
             flat[label] = column.reshape(fitted.chains, -1)
     return flat

@@ -241,20 +241,11 @@ def _propose(
 
 
 def _weigh(problem: Problem, theta: Theta, names: set[str], phi: Tensor, support: Batch) -> Tensor:
-    """(draws, tasks) log joint at each draw, in chunks that stay in cache."""
-    chunk = max(
-        1,
-        2_000_000
-        // max(1, support.x.shape[0] * (support.x.shape[1] if support.task is None else 1)),
+    """(draws, tasks) log joint at each draw; `names` are the sites that have draws, all or none."""
+    found: Tensor = problem.over(
+        lambda t, p: log_joint(problem, t, p, support), theta, bool(names), phi, support
     )
-    axes = {name: 0 if name in names else None for name in theta}
-    parts = []
-    with torch.no_grad():
-        for start in range(0, phi.shape[0], chunk):
-            piece = {k: v[start : start + chunk] if k in names else v for k, v in theta.items()}
-            mapped = torch.vmap(lambda t, p: log_joint(problem, t, p, support), in_dims=(axes, 0))
-            parts.append(mapped(piece, phi[start : start + chunk]))
-    return torch.cat(parts)
+    return found
 
 
 def _pick(shares: Tensor, seed: int) -> Tensor:

@@ -38,8 +38,6 @@ from hbmeta.tasks.checks import check_seed
 _ROUNDINGS = 64
 # Fewer draws leave too short a tail to fit.
 _FEWEST = 100
-# Numbers in a chunk of draws that are evaluated at once.
-_NUMBERS = 2_000_000
 
 __all__ = ["importance", "largest_k", "pareto_smoothed"]
 
@@ -132,12 +130,9 @@ def _weighted(
     with torch.no_grad():
         phi = density.draw(noise)
         log_q = density.log_prob(phi).double()
-        chunk = max(1, _NUMBERS // max(batch.weight.numel(), 1))
-        parts = [
-            problem.over(lambda t, p: log_joint(problem, t, p, batch), theta, False, piece)
-            for piece in phi.split(chunk)
-        ]
-    log_p = torch.cat(parts).double()
+    log_p = problem.over(
+        lambda t, p: log_joint(problem, t, p, batch), theta, False, phi, batch
+    ).double()
     log_weights = log_p - log_q
     # A weight of 0 (log w = −∞) is one; NaN and +∞ are not.
     bad = log_weights.isnan() | (log_weights == math.inf)
