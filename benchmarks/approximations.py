@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,11 +63,15 @@ _POINT = 0.02
 
 @dataclass(frozen=True)
 class Result:
-    """A strategy on a program. Without `distances` it was refused or failed: `why`."""
+    """A strategy on a program. Without distances it was refused or failed: `why`.
+
+    `warned` is what the strategy itself said of its fit, the first line of each warning.
+    """
 
     program: str
     strategy: str
     why: str = ""
+    warned: tuple[str, ...] = ()
     shift_median: float = float("nan")
     shift_worst: float = float("nan")
     ratio_median: float = float("nan")
@@ -139,18 +144,24 @@ def fit(
     single = trained and int(tasks.counts.max()) < 2
     data = Episode(tasks, tasks) if single else tasks
     try:
-        fitted = strategy.fit(case.program, data, steps=steps, seed=SEED, progress=False)
-        start = time.perf_counter()
-        adapted = fitted.adapt(tasks)
-        seconds = time.perf_counter() - start
-        found = distance(moments_by_name(adapted if single else fitted.posterior), reference)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            fitted = strategy.fit(case.program, data, steps=steps, seed=SEED, progress=False)
+            start = time.perf_counter()
+            adapted = fitted.adapt(tasks)
+            seconds = time.perf_counter() - start
+            found = distance(moments_by_name(adapted if single else fitted.posterior), reference)
     except UnsupportedModelError as error:
         return Result(case.name, name, f"refused: needed {error.needed}; found {error.found}")
     except HbmetaError as error:
         return Result(case.name, name, f"failed: {error}")
     except Exception as error:  # a bug, to be seen in the table, and not the end of a long run
         return Result(case.name, name, f"crashed: {type(error).__name__}: {error}")
-    return Result(case.name, name, seconds_fit=fitted.seconds.fit, seconds_adapt=seconds, **found)
+    texts = [str(entry.message).splitlines()[0] for entry in said]
+    own = tuple(dict.fromkeys(text for text in texts if text.startswith(name)))
+    return Result(
+        case.name, name, warned=own, seconds_fit=fitted.seconds.fit, seconds_adapt=seconds, **found
+    )
 
 
 def of_nuts(case: Case, sampled: Sampled, folder: Path) -> Result | None:
@@ -179,13 +190,13 @@ def table(results: Sequence[Result]) -> str:
     """One line per program and strategy; what was refused comes after it."""
     lines = [
         "| program | strategy | shift, median (sd) | worst | sd ratio | W2 (sd) | fit (s) "
-        "| adapt (s) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| adapt (s) | warned |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r.program} | {r.strategy} | {r.shift_median:.3f} | {r.shift_worst:.2f} "
         f"| {r.ratio_median:.2f} | {r.wasserstein:.3f} | {r.seconds_fit:.1f} "
-        f"| {r.seconds_adapt:.3f} |"
+        f"| {r.seconds_adapt:.3f} | {'yes' if r.warned else ''} |"
         for r in results
         if r.ran
     ]
@@ -232,7 +243,7 @@ def report(
         for name, strategy in strategies(names).items():
             path = kept(case.name, name)
             if path.exists() and mode in ("resume", "kept"):
-                results.append(Result(**json.loads(path.read_text())))
+                results.append(from_json(path.read_text()))
             elif mode != "kept":
                 steps = QUICK_STEPS if mode == "quick" else STEPS
                 result = fit(name, strategy, case, moments, folder, steps)
@@ -240,10 +251,16 @@ def report(
                 keep(result, mode)
                 results.append(result)
     print(f"# Approximations against stored posteriors\n\n{table(results)}\n\n{left_out(results)}")
-    ever = [Result(**json.loads(path.read_text())) for path in sorted(KEPT.glob("*.json"))]
+    ever = [from_json(path.read_text()) for path in sorted(KEPT.glob("*.json"))]
     if mode != "quick" and any(r.ran for r in ever):
         FIGURE.parent.mkdir(parents=True, exist_ok=True)
         figure([r for r in ever if r.ran]).savefig(FIGURE)
+
+
+def from_json(text: str) -> Result:
+    """A kept result."""
+    stored = json.loads(text)
+    return Result(**stored | {"warned": tuple(stored.get("warned", ()))})
 
 
 def keep(result: Result, mode: str) -> None:

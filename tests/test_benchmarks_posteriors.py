@@ -4,7 +4,9 @@ The false-alarm rate of a table is computed by benchmarks/agreement.py from Mont
 4,000 effective draws a mean fails with probability below 1e-7 and an sd below 1e-9.
 """
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from benchmarks.programs import (
     radon_nested,
     radon_tasks,
 )
-from hbmeta.inference import MAML, NUTS, ExactLinear, ProtoNet
+from hbmeta.inference import MAML, NUTS, SGLD, ExactLinear, ProtoNet
 from hbmeta.models import Priors, VaryingEffects
 from hbmeta.problem import Problem
 from tests import cases
@@ -141,6 +143,12 @@ def test_strategies_run_or_are_refused_with_the_reason(tmp_path):
     # A point has no spread: r = 0, and W2 is at least 1.
     assert point.ratio_median == 0
     assert point.wasserstein >= 1
+    hasty = SGLD(draws=8, warmup=1, thin=1)
+    unmixed = approximations.fit("SGLD", hasty, case, reference, tmp_path, 1)
+    assert any(text.startswith("SGLD: split R̂") for text in unmixed.warned)
+    assert exact.warned == ()
+    for kept in (exact, unmixed):
+        assert approximations.from_json(json.dumps(asdict(kept))) == kept
     schools = schools_case(Reference("none", {}))
     refused = approximations.fit("ProtoNet", ProtoNet(), schools, reference, tmp_path, 1)
     assert not refused.ran
