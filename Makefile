@@ -28,11 +28,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## compare posterior approximations on the radon data, into results/radon
 	$(BIN)/hbmeta compare radon --out results/radon
 
+# One thread per worker; with worksteal a file's tests stay in one worker, which makes its fixtures once.
 test: $(INSTALLED)  ## the fast tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check .

@@ -67,7 +67,7 @@ def _find(budget: Budget, seed: int, say: Say, compile: bool | str) -> Outcome:
     plans = {
         _EXACT: Plan(ExactLinear(), model, test.support),
         "quadrature": Plan(Quadrature(), model, test.support),
-        "nuts": Plan(NUTS(draws=budget.draws), model, test.support),
+        "nuts": Plan(NUTS(draws=budget.draws, warmup=min(budget.draws, 500)), model, test.support),
         "amortized full": Plan(AmortizedGuide(covariance="full"), model, training, guide),
         _MEAN_FIELD: Plan(AmortizedGuide(covariance="diagonal"), model, training, guide),
         "maml": Plan(MAML(steps=5, step_size=0.05), model, replace(family, shots=3)),

@@ -7,7 +7,7 @@ from hbmeta.studies import clusters
 # Chains are too short here to converge, and fit says so.
 pytestmark = pytest.mark.filterwarnings("ignore:NUTS:UserWarning")
 
-TINY = clusters.Budget(proto=3, maml=2, draws=100, tasks=6, sampled=2)
+TINY = clusters.Budget(proto=3, maml=2, draws=60, tasks=6, sampled=2)
 FITS = ["prototypes", "learned protonet", "bayesian protonet", "maml"]
 ORACLES = ["bayes-optimal", "means known"]
 
