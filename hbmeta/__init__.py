@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from hbmeta.comparison import Comparison, compare
 from hbmeta.loading import load
+from hbmeta.standard_errors import standard_errors
 from hbmeta.tasks import Episode, Tasks
 
-__all__ = ["Comparison", "Episode", "Tasks", "compare", "load"]
+__all__ = ["Comparison", "Episode", "Tasks", "compare", "load", "standard_errors"]

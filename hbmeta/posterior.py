@@ -322,9 +322,13 @@ class TaskPosterior:
             a Predictive shaped as y, in the units of the data.
         """
         draws = check_count(draws, "draws", where="posterior")
-        tasks = (
-            x if isinstance(x, Tasks) else Tasks(x, ids=self.ids, features=self.support.features)
-        )
+        if isinstance(x, Tasks):
+            tasks = x
+        else:
+            # Another number of tasks is refused below, in words that speak of tasks.
+            n_tasks = (*x.shape, 0)[0] if hasattr(x, "shape") else len(x)
+            ids = self.ids if n_tasks == len(self.ids) else None
+            tasks = Tasks(x, ids=ids, features=self.support.features)
         if tasks.ids != self.ids or tasks.features != self.support.features:
             raise DataError(
                 "predict",

@@ -957,6 +957,11 @@ USE = [
         "these 2 tasks",
     ),
     kind(
+        "an array for fewer tasks",
+        "1 tasks",
+        lambda _: fits.adapted("MAML").predict(fits.new_tasks().x[:1]),
+    ),
+    kind(
         "an interval in percent",
         "90",
         lambda _: fits.adapted("MAML").predict(fits.new_tasks()).interval(90),
