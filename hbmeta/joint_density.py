@@ -46,8 +46,11 @@ class Potential:
     tier: Tier = "eager"
 
     def __call__(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Log density and gradient."""
-        return self.function(vector)
+        """Log density and gradient; NaN, which samplers reject, where no Cholesky factor exists."""
+        try:
+            return self.function(vector)
+        except torch.linalg.LinAlgError:
+            return vector.new_full((), torch.nan), torch.zeros_like(vector)
 
 
 def pack(problem: Problem, theta: Theta, phi: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from hbmeta.joint_density import staged_log_density, unpack
 from hbmeta.parametrisation import Coordinates
 from hbmeta.problem import Problem
 from hbmeta.starts import non_centered, pathfinder_starts, spread_starts
+from hbmeta.tasks import Tasks
 from tests.cases import case
 
 
@@ -101,3 +104,29 @@ def test_nuts_starts_where_it_is_told(untouched):
         assert abs(float(found[site].mean() - spread[site].mean())) < 0.6 * float(
             spread[site].std()
         )
+
+
+def correlated(x, y=None):
+    """A correlation r ~ N(0, 1): at |r| ≥ 1 there is no Cholesky factor."""
+    r = pyro.sample("r", dist.Normal(0.0, 1.0))
+    with pyro.plate("task", x.shape[0], dim=-2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        covariance = torch.eye(2, dtype=x.dtype) + r * (1 - torch.eye(2, dtype=x.dtype))
+        mean = (z @ torch.linalg.cholesky(covariance).mT).sum(-1)
+        with pyro.plate("point", x.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore:NUTS:UserWarning")
+def test_a_point_without_a_cholesky_factor_is_rejected(untouched):
+    data = Tasks(
+        torch.zeros(6, 4, 1).double(),
+        torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double(),
+    )
+    strategy = NUTS(draws=60, chains=1, warmup=60, processes=1)
+    with untouched():
+        fitted = strategy.fit(correlated, data, seed=0, compile=False, progress=False)
+    r = fitted.globals()["r"]
+    assert float(r.abs().max()) < 1.0
+    # The prior alone has an sd of 0.54 between −1 and 1.
+    assert float(r.std()) > 0.2
