@@ -212,6 +212,11 @@ class Certificate:
             for name in ("loss", "shots", "queries"):
                 content[name] = tuple(content[name])
             found = cls(**content)
+            numbers = [found.delta, found.choices, found.chosen]
+            for one in found.statements:
+                numbers += [one.value, one.raw, one.measured, one.evaluation, one.cost]
+            if not all(type(number) in (int, float) for number in numbers):
+                raise ValueError("text where a number belongs")
             if not 0 <= found.chosen < len(found.statements):
                 raise ValueError(f"no statement {found.chosen}")
             return found

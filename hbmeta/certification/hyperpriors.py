@@ -54,7 +54,7 @@ class GaussianHyperprior:
     def __post_init__(self) -> None:
         for name in ("scale", "posterior_scale"):
             value = getattr(self, name)
-            values = (value,) if isinstance(value, int | float) else tuple(value)
+            values = _several(value)
             if not values or not all(0.0 < v < math.inf for v in values):
                 raise DataError(
                     "GaussianHyperprior",
@@ -62,7 +62,20 @@ class GaussianHyperprior:
                     found=repr(value),
                     do="Pass standard deviations, such as scale=1.0 and posterior_scale=0.1.",
                 )
-            object.__setattr__(self, name, tuple(float(v) for v in values))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The κ_P that share δ."""
+        return _several(self.scale)
+
+    @property
+    def posterior_scales(self) -> tuple[float, ...]:
+        """The κ_Q that are tried."""
+        return _several(self.posterior_scale)
+
+
+def _several(value: float | Sequence[float]) -> tuple[float, ...]:
+    return (float(value),) if isinstance(value, int | float) else tuple(float(v) for v in value)
 
 
 @dataclass(frozen=True)

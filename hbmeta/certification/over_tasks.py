@@ -16,7 +16,7 @@ wherever there are tasks for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -50,7 +50,7 @@ EVALUATION = 0.1
 """Share of a statement's δ that measures a random predictor."""
 _WHERE = "certify"
 
-Hyperprior = GaussianHyperprior | FiniteHyperprior
+Hyperprior: TypeAlias = GaussianHyperprior | FiniteHyperprior
 
 
 def certify(

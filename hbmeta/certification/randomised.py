@@ -9,7 +9,7 @@ the data. But the limit that measures the risk of the chosen 𝒬 takes draws th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,19 +48,12 @@ def gaussian_query_split(
     """Inputs of `query_split` for 𝒬 = N(θ̂, κ_Q² I); δ is shared by the κ_P that are tried."""
     pilot_seed, fresh_seed = child_seeds(seed, 2, where="certify")
     n_tasks = episode.n_tasks
-    grid = len(hyperprior.scale)
-    least: Callable[[float], dict[str, float]] = lambda sd: min(  # noqa: E731
-        (
-            {
-                "dimension": softened.dimension,
-                "distance": softened.distance,
-                "sd": sd,
-                "prior_sd": p,
-            }
-            for p in hyperprior.scale
-        ),
-        key=_k_h,
-    )
+    grid = len(hyperprior.scales)
+    known = {"dimension": softened.dimension, "distance": softened.distance}
+
+    def least(sd: float) -> dict[str, float]:
+        """The hyperprior of the smallest K_H, of those that share δ."""
+        return min(({**known, "sd": sd, "prior_sd": p} for p in hyperprior.scales), key=_k_h)
 
     def risks(sd: float, n: int, seed: int, shown: bool | None) -> list[float]:
         generator = torch.Generator().manual_seed(seed)
@@ -75,7 +68,7 @@ def gaussian_query_split(
             for _ in tqdm(range(n), desc="certify", disable=off, leave=False)
         ]
 
-    scales = hyperprior.posterior_scale
+    scales = hyperprior.posterior_scales
     chosen = scales[0]
     if len(scales) > 1:
         chosen = min(

@@ -15,7 +15,7 @@ to what the statement costs, times `grid`, the number of hyperpriors that it was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from hbmeta import bounds
 
 __all__ = ["OVER_TASKS", "Statement", "state"]
 
-OVER_TASKS = {
+OVER_TASKS: dict[str, Callable[..., bounds.Bound]] = {
     "meta_test": bounds.meta_test,
     "query_split": bounds.query_split,
     "joint_kl": bounds.joint_kl,

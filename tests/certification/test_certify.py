@@ -152,7 +152,7 @@ def test_a_gaussian_hyperposterior_is_paid_in_every_dimension():
         fit, episodes(), bound="query_split", hyperprior=hyperprior, evaluations=20, **SQUARED
     )
     one = found.statement
-    distance = sum(float((fit.theta[n] - p).square().sum()) for n, p in start.items())
+    distance = sum(float((fit.theta[n] - p.detach()).square().sum()) for n, p in start.items())
     dimension = sum(p.numel() for p in start.values())
     k_h = min(
         0.5 * (dimension * (1e-18 / p**2 - 1 + 2 * math.log(p / 1e-9)) + distance / p**2)

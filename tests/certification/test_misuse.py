@@ -35,8 +35,8 @@ def twice():
 
 
 def gaussian(**changes):
-    arguments = {"bound": "query_split", "hyperprior": GaussianHyperprior(1.0, 0.1), **changes}
-    return certify(fit=cases.network(), evaluations=2, **arguments)
+    arguments = {"bound": "query_split", "hyperprior": GaussianHyperprior(1.0, 0.1)}
+    return certify(**({"fit": cases.network(), "evaluations": 2} | arguments | changes))
 
 
 def finite(fits, **changes):
@@ -272,7 +272,8 @@ def test_a_consistent_lie_is_found_with_the_fit_and_the_tasks():
         lambda text: "[]",
         lambda text: '{"kind": "comparison"}',
         lambda text: text.replace('"chosen": 0', '"chosen": 7'),
-        lambda text: text.replace('"delta"', '"epsilon"', 1),
+        lambda text: text.replace('"choices"', '"options"', 1),
+        lambda text: text.replace('"choices": 1,', '"choices": "one",', 1),
     ],
 )
 def test_what_is_no_certificate_is_refused(spoil):
