@@ -8,9 +8,9 @@
                  0-1 loss
 
 In each the hyperposterior is the closed-form optimum over a finite set of priors, chosen on the
-very data. A certificate fails where it is below the true risk of what it is about. Bounds are loose, so
-that coverage catches gross errors only; the negative controls show what does: the risk on the
-training samples is always below the truth where there is enough to fit, that on the queries in
+very data. A certificate fails where it is below the true risk of what it is about. Bounds are
+loose, so that coverage catches gross errors only; the negative controls show what does: the risk on
+the training samples is always below the truth where there is enough to fit, that on the queries in
 about half of the sets.
 
     python -m benchmarks.coverage [--quick]
@@ -71,7 +71,6 @@ class Coverage:
         values: mean of each bound.
         failures: in how many sets it was below the true risk.
         sets: their number.
-        allowed: the 99 % quantile of failures of a bound that fails with probability δ.
     """
 
     risk: float

@@ -114,10 +114,10 @@ def _data(
     seed, shots = arguments.seed, arguments.shots
     if arguments.data == "clusters":
         family = Clusters(shots=shots, dtype=torch.float64)
-        known = family.sample(CLUSTERS["known"], seed=seed)
         arguments.shots = shots * family.ways
+        taught = family.sample(CLUSTERS["known"], seed=seed)
         new = family.sample(CLUSTERS["new"], seed=seed + 1)
-        return known, new, lambda: models.ClassConditional(None, family.ways), {}
+        return taught, new, lambda: models.ClassConditional(None, family.ways), {}
     if arguments.data == "radon":
         table, fixed = load_radon(), ["floor", "log_uranium"]
     else:

@@ -149,10 +149,10 @@ def certify(
             continue
         assert hyperprior is not None
         paid = {"delta": (1 - EVALUATION) * each, "evaluation_delta": EVALUATION * each}
-        if name in WITHIN:
+        if name in WITHIN and isinstance(hyperprior, FiniteHyperprior):
             inputs = within_tasks(
                 name, hyperprior, episode, chosen, evaluations=evaluations, seed=seed, **paid
-            )  # type: ignore[arg-type, unused-ignore]
+            )
         elif isinstance(hyperprior, FiniteHyperprior):
             inputs = finite_query_split(
                 hyperprior, episode, chosen, delta=each, draws=draws, seed=seed
