@@ -63,7 +63,9 @@ def add_to(commands: Any) -> None:
     command.add_argument("--delta", type=float, default=0.05, help="of all rows (default: 0.05)")
     command.add_argument("--shots", type=int, default=3, help="points to adapt to (default: 3)")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--out", metavar="FOLDER", help="certificates as JSON, and the fits")
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="certificates as JSON, and the fits"
+    )
     command.add_argument("--check", metavar="FILE", help="a certificate to check; with --fit and "
                          "the data, its risks too")  # fmt: skip
     command.add_argument("--fit", metavar="FILE", help="the saved fit that it is about")
@@ -101,9 +103,9 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     say(_table(found, arguments.delta))
     if arguments.out is not None:
         for name, one in found.items():
-            one.to_json(Path(arguments.out) / f"{name.replace(' ', '_')}.json")
+            one.to_json(arguments.out / f"{name.replace(' ', '_')}.json")
         for name, fit in fits.items():
-            fit.save(Path(arguments.out) / f"{name}.safetensors")
+            fit.save(arguments.out / f"{name}.safetensors")
     return 0
 
 

@@ -165,7 +165,7 @@ class Certificate:
     def _ledger(self) -> str:
         parts = []
         for one in self.statements:
-            grid = one.inputs.get("grid", 1)
+            grid = len(one.inputs.get("grid", [None]))
             times = f" × {grid} hyperpriors" if grid > 1 else ""
             drawn = one.inputs.get("evaluation_delta", 0.0)
             text = f"{one.bound} {one.inputs['delta']:.4g}{times}"

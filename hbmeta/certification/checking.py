@@ -88,6 +88,8 @@ def _of_statement(certificate: Certificate, one: Statement) -> list[str]:
         claimed, found = getattr(one, field.name), getattr(again, field.name)
         if not _same(claimed, found):
             out.append(f"{one.bound}: {field.name} is said to be {claimed!r}, and is {found!r}")
+    if "hyper" in one.inputs and one.inputs["hyper"]["prior_sd"] not in one.inputs["grid"]:
+        out.append(f"{one.bound}: its hyperprior is none of those that shared δ")
     tasks = one.inputs.get("n_tasks", certificate.n_tasks)
     for name in ("losses", "task_kls", "samples"):
         n = len(one.inputs.get(name, range(tasks)))

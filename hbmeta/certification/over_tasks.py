@@ -151,7 +151,14 @@ def certify(
         paid = {"delta": (1 - EVALUATION) * each, "evaluation_delta": EVALUATION * each}
         if name in WITHIN and isinstance(hyperprior, FiniteHyperprior):
             inputs = within_tasks(
-                name, hyperprior, episode, chosen, evaluations=evaluations, seed=seed, **paid
+                name,
+                hyperprior,
+                episode,
+                chosen,
+                evaluations=evaluations,
+                seed=seed,
+                progress=progress,
+                **paid,
             )
         elif isinstance(hyperprior, FiniteHyperprior):
             inputs = finite_query_split(

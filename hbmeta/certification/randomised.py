@@ -48,7 +48,6 @@ def gaussian_query_split(
     """Inputs of `query_split` for 𝒬 = N(θ̂, κ_Q² I); δ is shared by the κ_P that are tried."""
     pilot_seed, fresh_seed = child_seeds(seed, 2, where="certify")
     n_tasks = episode.n_tasks
-    grid = len(hyperprior.scales)
     known = {"dimension": softened.dimension, "distance": softened.distance}
 
     def least(sd: float) -> dict[str, float]:
@@ -87,8 +86,8 @@ def gaussian_query_split(
         "evaluation_delta": evaluation_delta,
         "hyper": least(chosen),
         "n_tasks": n_tasks,
-        "delta": delta / grid,
-        "grid": grid,
+        "delta": delta / len(hyperprior.scales),
+        "grid": list(hyperprior.scales),
     }
 
 
@@ -134,6 +133,7 @@ def within_tasks(
     evaluation_delta: float,
     evaluations: int,
     seed: int,
+    progress: bool | None,
 ) -> dict[str, Any]:
     """Inputs of a bound that pays within tasks: Q_i from all rows of task i, and a drawn prior.
 
@@ -168,7 +168,10 @@ def within_tasks(
     for k, posterior in enumerate(posteriors):
         n = int((chosen == k).sum())
         if n:
-            drawn += [gibbs_losses(posterior, tasks, loss, draws=n, seed=fresh_seed + k).mean(-1)]
+            found = gibbs_losses(
+                posterior, tasks, loss, draws=n, seed=fresh_seed + k, progress=progress
+            )
+            drawn += [found.mean(-1)]
     return {
         **with_weights(weights),
         "draws": np.concatenate(drawn).tolist(),

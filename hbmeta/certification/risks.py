@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from pyro.distributions import Bernoulli
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hbmeta.bounds.checks import Array
 from hbmeta.certification.losses import Loss
@@ -56,7 +57,13 @@ def row_losses(fitted: Fitted, episode: Episode, loss: Loss, *, draws: int, seed
 
 
 def gibbs_losses(
-    posterior: TaskPosterior, tasks: Tasks, loss: Loss, *, draws: int, seed: int
+    posterior: TaskPosterior,
+    tasks: Tasks,
+    loss: Loss,
+    *,
+    draws: int,
+    seed: int,
+    progress: bool | None = False,
 ) -> Array:
     """(M, T) mean loss on each task of p(y | x, φ) at M fresh draws φ ~ q(φ | S_i).
 
@@ -77,12 +84,13 @@ def gibbs_losses(
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, CELLS // max(rows.n_points, density.centre.numel()))
     found = []
-    for start in range(0, draws, at_once):
+    off = None if progress is None else not progress  # None: only outside a terminal
+    for start in tqdm(range(0, draws, at_once), desc="certify", disable=off, leave=False):
         n = min(at_once, draws - start)
         shape = (n, len(posterior.ids), density.noise_size)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(shape, generator=generator, dtype=density.centre.dtype)
         with torch.no_grad():
-            phi = density.draw(noise.to(density.centre))
+            phi = density.draw(noise.to(density.centre.device))
         found += [_of_draws(posterior, phi, rows, y, loss)]
     return np.concatenate(found)
 

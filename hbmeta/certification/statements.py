@@ -10,7 +10,7 @@ Inputs are plain numbers and lists, so that a file holds all that the bound was 
     task_kls    (T,) K_i;  samples (T,) m_i
 
 `delta` is what the theorem gets, `evaluation_delta` what the Monte-Carlo limit gets; the two add up
-to what the statement costs, times `grid`, the number of hyperpriors that it was the best of.
+to what the statement costs, where the first counts once for each κ_P of `grid` that was tried.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def state(bound: str, inputs: Mapping[str, Any], *, beside: bool = False) -> Sta
         within_task=float(found.within_task),
         across_task=float(found.across_task),
         hyper_kl=hyper_kl,
-        cost=float(delta * inputs.get("grid", 1) + evaluation_delta),
+        cost=float(delta * len(inputs.get("grid", [None])) + evaluation_delta),
         beside=beside,
         inputs=dict(inputs),
     )

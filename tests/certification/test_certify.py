@@ -95,6 +95,8 @@ def test_query_split_over_a_finite_set_pays_for_its_weights():
     assert found.value == pytest.approx(bound(weights), abs=1e-9)
     # Chosen among weights of which these are two.
     assert found.value <= min(bound(np.full(4, 0.25)), bound(np.eye(4)[risks.argmin()])) + 1e-12
+    again = {"fitted": cases.linear(), "tasks": episodes(), "hyperprior": hyperprior}
+    assert found.check(**again) == ()
     # The exact risks of deterministic predictors take no draws.
     assert one.evaluation == 0.0
 
@@ -161,6 +163,7 @@ def test_a_gaussian_hyperposterior_is_paid_in_every_dimension():
     assert one.hyper_kl == pytest.approx(k_h, rel=1e-9)
     assert one.inputs["delta"] == pytest.approx(0.045 / 3)
     assert one.cost == pytest.approx(0.05)
+    assert found.check() == ()
     # At a spread of 1e-9 every draw is the fit itself.
     again = hb.certify(fit, episodes(seed=2), **SQUARED)
     own = hb.certify(
