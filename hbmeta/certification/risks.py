@@ -29,7 +29,7 @@ from hbmeta.tasks import Episode, Tasks
 
 __all__ = ["by_task", "gibbs_losses", "predictive_losses", "row_losses"]
 
-CELLS = 4_000_000
+CELLS = 16_000_000
 """Rows times draws that are held at once."""
 
 

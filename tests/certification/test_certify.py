@@ -175,14 +175,24 @@ def test_a_gaussian_hyperposterior_is_paid_in_every_dimension():
     assert "says nothing" in found.claim()
 
 
-def test_a_centre_from_other_tasks_makes_the_divergence_small():
-    fit = cases.network()
-    hyperprior = GaussianHyperprior(0.05, 0.05, centre=fit)
-    found = hb.certify(
-        fit, episodes(seed=2), bound="query_split", hyperprior=hyperprior, evaluations=20, **SQUARED
-    )
+def test_a_centre_from_other_tasks_makes_the_divergence_small(untouched):
+    fit, new = cases.network(), episodes(seed=2)
+    arguments = {"bound": "query_split", "hyperprior": GaussianHyperprior(0.05, 0.05, centre=fit)}
+    with untouched():
+        found = hb.certify(fit, new, evaluations=20, **arguments, **SQUARED)
     assert found.statement.hyper_kl == pytest.approx(0.0, abs=1e-9)
     assert len(set(found.statement.inputs["draws"])) == 20
+    assert found.to_json() == hb.certify(fit, new, evaluations=20, **arguments, **SQUARED).to_json()
+
+
+def test_the_spread_is_chosen_on_draws_of_its_own():
+    """A spread of 100 ruins the predictions, one of 1e-9 costs thousands of nats."""
+    fit = cases.network()
+    hyperprior = GaussianHyperprior(0.05, (1e-9, 0.05, 100.0), centre=fit)
+    found = hb.certify(
+        fit, episodes(seed=2), bound="query_split", hyperprior=hyperprior, evaluations=5, **SQUARED
+    )
+    assert found.statement.inputs["hyper"]["sd"] == 0.05
 
 
 def test_only_what_is_named_is_random():
