@@ -155,7 +155,7 @@ def _lines(
         for factor in (1.0, 2.0)
     ]  # fmt: skip
     new, held_out = certified.split(shots, seed=0), rest.split(shots, seed=0)
-    loss = {"loss": "truncated-squared", "scale": scale}
+    loss: dict[str, Any] = {"loss": "truncated-squared", "scale": scale}
     hyperprior = FiniteHyperprior(fits)
     found = {
         bound: certify(

@@ -74,17 +74,19 @@ def episode_of(data: Any, where: str, *, least: int = 2) -> Episode:
             found=f"{whole.n_tasks}, which says nothing about how tasks vary",
             do="Use certify_task for a certificate about one task.",
         )
-    seen: dict[bytes, Any] = {}
-    for label, rows in zip(whole.ids, _rows(whole.all), strict=True):
-        key = b"".join(sorted(rows))
-        if key in seen:
+    of_task = _rows(whole.all)
+    holders = _holders(of_task)
+    seen: dict[tuple[bytes, ...], int] = {}
+    for position, rows in enumerate(of_task):
+        first = seen.setdefault(tuple(sorted(rows)), position)
+        # Coin flips repeat by themselves; rows that are in these two tasks alone do not.
+        if first != position and all(holders[row] == {first, position} for row in rows):
             raise DataError(
                 where,
                 needed="tasks that are independent of each other",
-                found=f"the same rows in {seen[key]!r} and in {label!r}",
+                found=f"the same rows in {whole.ids[first]!r} and in {whole.ids[position]!r}",
                 do="Leave the copies out.",
             )
-        seen[key] = label
     return whole
 
 
@@ -99,29 +101,43 @@ def _rows(tasks: Tasks) -> list[list[bytes]]:
     return [rows[start : start + n] for start, n in zip(offsets, counts, strict=True)]
 
 
+def _holders(of_task: list[list[bytes]]) -> dict[bytes, set[int]]:
+    """The positions of the tasks that hold a row."""
+    out: dict[bytes, set[int]] = {}
+    for position, rows in enumerate(of_task):
+        for row in rows:
+            out.setdefault(row, set()).add(position)
+    return out
+
+
 def shared_tasks(episode: Episode, other: Tasks) -> list[Any]:
     """Ids of tasks whose rows the other tasks hold.
 
-    A task is taken for known if one of the same id has a row of it, or if any other task has two
-    different rows of it and at least half of all.
+    A row tells tasks apart if one task here and one there hold it. A task is known if one of its id
+    has such a row of it, or if another has two and at least half of its own. Where rows are
+    discrete and tell nothing apart, tasks are known if most of those of a common id are equal.
     """
-    holders: dict[bytes, set[int]] = {}
-    for position, rows in enumerate(_rows(other)):
-        for row in rows:
-            holders.setdefault(row, set()).add(position)
+    mine, others = _rows(episode.all), _rows(other)
+    here, there = _holders(mine), _holders(others)
     out = []
-    for label, rows in zip(episode.ids, _rows(episode.all), strict=True):
-        found = [holders.get(row, set()) for row in set(rows)]
+    for position, label in enumerate(episode.ids):
+        rows = set(mine[position])
         hits: dict[int, int] = {}
-        for positions in found:
-            for position in positions:
-                hits[position] = hits.get(position, 0) + 1
-        if any(
-            other.ids[position] == label or (n >= 2 and 2 * n >= len(found))
-            for position, n in hits.items()
-        ):
+        for row in rows:
+            if len(here[row]) == 1 and len(there.get(row, ())) == 1:
+                (found,) = there[row]
+                hits[found] = hits.get(found, 0) + 1
+        if any(other.ids[k] == label or (n >= 2 and 2 * n >= len(rows)) for k, n in hits.items()):
             out.append(label)
-    return out
+    known = {label: sorted(rows) for label, rows in zip(other.ids, others, strict=True)}
+    parts = (_rows(episode.support), mine)
+    common = [i for i, label in enumerate(episode.ids) if label in known]
+    equal = [
+        episode.ids[i]
+        for i in common
+        if any(part[i] and sorted(part[i]) == known[episode.ids[i]] for part in parts)
+    ]
+    return equal if len(equal) > max(len(out), len(common) // 2) else out
 
 
 def refuse_reuse(episode: Episode, other: Tasks, what: str, where: str) -> None:

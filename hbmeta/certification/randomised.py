@@ -153,8 +153,8 @@ def within_tasks(
         "n_tasks": tasks.n_tasks,
         "delta": delta,
     }
-    # m R̂_i + KL is −log Z_i of the Gibbs posterior at β = m and above it of any other, so that these
-    # are the weights of PACOH's optimum 𝒬*(P) ∝ 𝒫(P) Π_i Z_i^τ, τ free.
+    # m R̂_i + KL is −log Z_i for the Gibbs posterior at β = m, and above it for any other: weights
+    # like those of PACOH's optimum 𝒬*(P) ∝ 𝒫(P) Π_i Z_i^τ, with τ free.
     scores = tasks.n_points * np.asarray(pilot) + kls.sum(-1)
 
     def with_weights(weights: list[float]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import hbmeta as hb
 from hbmeta import tasks
 from hbmeta.certification import Certificate, FiniteHyperprior, GaussianHyperprior
+from hbmeta.certification.assumptions import episode_of, shared_tasks
 from hbmeta.densities import Delta
 from hbmeta.errors import DataError, FileError, UnsupportedModelError
 from hbmeta.inference import Strategy
@@ -212,6 +213,33 @@ def test_labels_of_what_is_shared_may_be_given_by_row(student_fit):
     assert certify(fit=student_fit, data=data, shared=codes).flags
     with pytest.raises(DataError, match="a label for each"):
         certify(fit=student_fit, data=data, shared=codes[:-1])
+
+
+def flips(n_tasks, seed):
+    """Four coin flips to adapt to and six more, of coins that differ: rows repeat in all tasks."""
+    rng = np.random.default_rng(seed)
+    y = (rng.random((n_tasks, 10)) < rng.random((n_tasks, 1))).astype(float)
+    support, query = (
+        tasks.Tasks(np.ones((n_tasks, part.shape[1], 1)), part) for part in (y[:, :4], y[:, 4:])
+    )
+    return tasks.Episode(support, query)
+
+
+def test_rows_that_repeat_by_themselves_are_no_reuse():
+    known, new = flips(60, 0), flips(60, 1)
+    assert shared_tasks(new, known.all) == []
+    assert episode_of(new, "certify") is new
+    # The same coins under the same ids are: all rows of the fit, or those of the support alone.
+    assert shared_tasks(known, known.all) == list(range(60))
+    assert shared_tasks(known, known.support) == list(range(60))
+
+
+def test_tasks_are_known_by_their_rows_under_other_ids():
+    data = episodes()
+    part = data[[5, 6]].all
+    renamed = tasks.Tasks(part.x, part.y, ids=["u", "v"])
+    assert shared_tasks(data, renamed) == [5, 6]
+    assert shared_tasks(data, data[[5]].support) == [5]
 
 
 # Files that contradict themselves
