@@ -1,12 +1,13 @@
 """Runs the benchmarks, prints their tables and keeps them under benchmarks/results.
 
     python -m benchmarks.run [staging] [meta_gradient] [memory] [sinusoid] [posteriors]
-        [bayesian_maml] [laplace] [samplers] [scale] [studies] [formulas] [--quick]
+        [bayesian_maml] [laplace] [samplers] [scale] [studies] [formulas] [coverage]
+        [certificates] [--quick]
 
-`posteriors`, `scale` and `formulas` need the stored data ($HBMETA_DATA or ../shared/data) and say
-so where they are missing; `posteriors` and `scale` keep their results in results/posteriors and
-results/scale. `studies` takes a quarter of an hour and `sinusoid` an hour (its fits are kept in
-results/sinusoid). Each runs in a process of its own.
+`posteriors`, `scale`, `formulas` and `certificates` need the stored data ($HBMETA_DATA or
+../shared/data) and say so where they are missing; `posteriors` and `scale` keep their results in
+results/posteriors and results/scale. `studies` takes a quarter of an hour and `sinusoid` an hour
+(its fits are kept in results/sinusoid). Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
     *("bayesian_maml", "laplace", "samplers", "scale", "studies", "formulas"),
+    *("coverage", "certificates"),
 )
 WITH_QUICK = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
-    *("bayesian_maml", "samplers", "scale", "formulas"),
+    *("bayesian_maml", "samplers", "scale", "formulas", "coverage", "certificates"),
 )
 
 
 def run(name: str, extra: list[str]) -> int:
     """One benchmark, its output shown as it comes and kept if it succeeds."""
-    if name in ("posteriors", "scale", "formulas") and not data_folder().is_dir():
+    if name in ("posteriors", "scale", "formulas", "certificates") and not data_folder().is_dir():
         print(f"{name}: left out, {data_folder()} does not exist (set HBMETA_DATA)")
         return 0
     command = [sys.executable, "-m", f"benchmarks.{name}", *extra]

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from hbmeta import __version__
+from hbmeta import __version__, certify_command
 from hbmeta.comparison import Comparison, compare
 from hbmeta.errors import DataError, FileError, HbmetaError
 from hbmeta.models import VaryingEffects
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; those of the process by default.
     Returns:
-        The exit status: 0, or 2 where the arguments, the data or the model cannot be used.
+        The exit status: 0, 1 where a certificate fails its check, or 2 where the arguments, the
+        data or the model cannot be used.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _plain_warnings(), _one_thread():
             _can_write(arguments.out)
+            if arguments.command == "certify":
+                return certify_command.run(arguments, print)
             if arguments.data in STUDIES:
                 _study(arguments)
             else:
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    certify_command.add_to(commands)
     names = _names
     sources = "|".join(["radon", *STUDIES, "FILE.csv"])
     command.add_argument(

@@ -95,7 +95,7 @@ ORDER = [
     "costs",
     "scoring",
     "comparison",
-    "certificate",
+    "certification",
     "diagnostics",
     "styles",
     "drawing",
@@ -105,6 +105,7 @@ ORDER = [
     "panels",
     "study",
     "studies",
+    "certify_command",
     "cli",
 ]
 

@@ -1295,6 +1295,27 @@ BOUNDS = [
         "KL = ∞",
     ),
     kind(
+        "a certificate of a squared error without a scale",
+        "None",
+        lambda _: hb.certify(
+            fits.fitted("ExactLinear"),
+            fits.task_set().split(support=2, seed=0),
+            loss="truncated-squared",
+        ),
+        "scale between 0 and inf",
+    ),
+    kind(
+        "a certificate of tasks that were fitted on",
+        "6 of 6",
+        lambda _: hb.certify(
+            fits.fitted("ExactLinear"),
+            fits.task_set().split(support=2, seed=0),
+            loss="truncated-squared",
+            scale=20.0,
+        ),
+        "GaussianHyperprior",
+    ),
+    kind(
         "a figure of an unknown bound",
         "vapnik",
         lambda _: certificate_plots.bounds_by_tasks(names=["vapnik"]),
