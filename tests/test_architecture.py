@@ -59,6 +59,7 @@ ORDER = [
     "curvatures",
     "damping",
     "modes",
+    "nearness",
     "laplace_evidence",
     "crossed_evidence",
     "conditional",

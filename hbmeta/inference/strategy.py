@@ -20,6 +20,7 @@ import abc
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.feeding import Needs, training_tasks
 from hbmeta.fitted import Fitted, Seconds
 from hbmeta.models import HierarchicalModel
+from hbmeta.nearness import centre_of, complaint, distance_to_mode, measurable
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Program, Theta
@@ -42,6 +44,8 @@ from hbmeta.tasks.checks import check_seed
 from hbmeta.training import Learned, MetaGradient, Options, train
 
 _CELLS_FOR_THREADS = 50_000
+# Tasks of a fit whose distance to their mode is looked at.
+_LOOKED_AT = 1000
 
 __all__ = ["Strategy", "on_device", "threads_for"]
 
@@ -58,6 +62,8 @@ class Strategy(abc.ABC):
     """Whether it keeps p(φ | θ), at least its location, or drops it."""
     without_phi: ClassVar[bool] = False
     """Whether it takes programs in which nothing differs between tasks but the data."""
+    seeks_mode: ClassVar[bool] = False
+    """Whether q(φ | S) comes from steps towards high log p(S | φ, θ), which may end too soon."""
     joint_loss: ClassVar[bool] = False
     """Whether θ is trained by a density of all that is observed, embeddings of x included."""
 
@@ -229,6 +235,8 @@ class Strategy(abc.ABC):
         )  # fmt: skip
         with threads_for(known):
             learned = self.learn(problem, tasks, options)
+            if self.seeks_mode and measurable(problem):
+                learned.info["distance_to_mode"] = self._looked_at(problem, learned, known)
         schema = tasks.schema if isinstance(tasks, TaskSet) else None
         return Fitted(
             strategy=self,
@@ -246,6 +254,17 @@ class Strategy(abc.ABC):
             seconds=Seconds(time.perf_counter() - start, learned.seconds_staging),
             chains=learned.chains,
         )
+
+    def _looked_at(self, problem: Problem, learned: Learned, known: Tasks) -> Tensor:
+        """(tasks,) how far q lies from the mode of each task's log joint; warns where it is far."""
+        some = known[:_LOOKED_AT].to(device=problem.device, dtype=problem.dtype)
+        batch = problem.batch(some)
+        with torch.no_grad():
+            centre = centre_of(self.posterior(problem, learned.theta, learned.own, batch))
+        found = distance_to_mode(problem, learned.theta, centre, batch)
+        if text := complaint(found, some.ids):
+            warnings.warn(f"{self.name}: {text}", stacklevel=3)
+        return found
 
     def check_levels(self, problem: Problem) -> None:
         """Refuses programs without φ, and embeddings that the strategy would shrink to nothing."""
