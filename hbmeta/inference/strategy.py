@@ -42,6 +42,7 @@ from hbmeta.staging import tier_of
 from hbmeta.tasks import Tasks, TaskSet
 from hbmeta.tasks.checks import check_seed
 from hbmeta.training import Learned, MetaGradient, Options, train
+from hbmeta.triangular import positive_definite_at
 
 _CELLS_FOR_THREADS = 50_000
 # Tasks of a fit whose distance to their mode is looked at.
@@ -186,7 +187,8 @@ class Strategy(abc.ABC):
         Raises:
             UnsupportedModelError: the strategy makes no sense for this program.
             DataError, ProgramError: the data or the program cannot be used.
-            ConvergenceError: the loss became infinite or NaN.
+            ConvergenceError: the loss became infinite or NaN, or steps led where the program's own
+                covariance is not positive definite.
         """
         start = time.perf_counter()
         where = f"{self.name}.fit"
@@ -233,7 +235,7 @@ class Strategy(abc.ABC):
             theta_learning_rate=theta_learning_rate, decay=decay, seed=seed, tier=tier,
             checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
-        with threads_for(known):
+        with threads_for(known), positive_definite_at(where, "in the fit"):
             learned = self.learn(problem, tasks, options)
             if self.seeks_mode and measurable(problem):
                 learned.info["distance_to_mode"] = self._looked_at(problem, learned, known)
@@ -259,9 +261,12 @@ class Strategy(abc.ABC):
         """(tasks,) how far q lies from the mode of each task's log joint; warns where it is far."""
         some = known[:_LOOKED_AT].to(device=problem.device, dtype=problem.dtype)
         batch = problem.batch(some)
-        with torch.no_grad():
-            centre = centre_of(self.posterior(problem, learned.theta, learned.own, batch))
-        found = distance_to_mode(problem, learned.theta, centre, batch)
+        try:
+            with torch.no_grad():
+                centre = centre_of(self.posterior(problem, learned.theta, learned.own, batch))
+            found = distance_to_mode(problem, learned.theta, centre, batch)
+        except torch.linalg.LinAlgError:  # which adapting will say; θ is fitted
+            return torch.full((some.n_tasks,), torch.nan)
         if text := complaint(found, some.ids):
             warnings.warn(f"{self.name}: {text}", stacklevel=3)
         return found
