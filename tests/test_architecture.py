@@ -53,6 +53,7 @@ ORDER = [
     "newton",
     "curvature",
     "parametrisation",
+    "effects",
     "native",
     "mixing",
     "joint_density",

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from hbmeta.compilation import HALVES
 from hbmeta.densities import Delta, Density, Empirical, Transported
+from hbmeta.effects import refuse_scaled_effects, scaled_effects
 from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.feeding import Needs, training_tasks
 from hbmeta.fitted import Fitted, Seconds
@@ -135,6 +136,16 @@ class Strategy(abc.ABC):
         """Raises UnsupportedModelError where the strategy makes no sense for the program."""
         return  # every program is welcome, unless a strategy says otherwise
 
+    def suited(self, problem: Problem, known: Tasks) -> Strategy:
+        """The strategy as it will run on this program: itself, unless it says otherwise.
+
+        Raises:
+            UnsupportedModelError: θ holds effects and a scale of theirs, which would stay at a
+                point together (`hbmeta.effects`).
+        """
+        refuse_scaled_effects(scaled_effects(problem, problem.batch(known[:2])), self.name)
+        return self
+
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """Finds θ and `own`; by default gradient descent on `loss`."""
         return train(self, problem, data, options)
@@ -229,19 +240,20 @@ class Strategy(abc.ABC):
             )
         self._check_precision(problem)
         self.check_levels(problem)
-        self.check(problem)
+        chosen = self.suited(problem, known)
+        chosen.check(problem)
         options = Options(
             steps=steps, tasks_per_step=tasks_per_step, learning_rate=learning_rate,
             theta_learning_rate=theta_learning_rate, decay=decay, seed=seed, tier=tier,
             checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
         with threads_for(known), positive_definite_at(where, "in the fit"):
-            learned = self.learn(problem, tasks, options)
+            learned = chosen.learn(problem, tasks, options)
             if self.seeks_mode and measurable(problem):
                 learned.info["distance_to_mode"] = self._looked_at(problem, learned, known)
         schema = tasks.schema if isinstance(tasks, TaskSet) else None
         return Fitted(
-            strategy=self,
+            strategy=chosen,
             model=bound,
             problem=problem,
             theta={k: v.detach() for k, v in learned.theta.items()},
