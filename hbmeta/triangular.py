@@ -16,7 +16,16 @@ from hbmeta.errors import ConvergenceError
 
 _WRITTEN_OUT = 4
 
-__all__ = ["cholesky", "covariance_factor", "positive_definite_at", "solve_lower"]
+# Absent from torch's type hints.
+NotPositiveDefinite: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+__all__ = [
+    "NotPositiveDefinite",
+    "cholesky",
+    "covariance_factor",
+    "positive_definite_at",
+    "solve_lower",
+]
 
 
 @contextlib.contextmanager
@@ -31,7 +40,7 @@ def positive_definite_at(where: str, when: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.linalg.LinAlgError as error:
+    except NotPositiveDefinite as error:
         raise ConvergenceError(
             where,
             needed="parameters at which the program's covariance is positive definite",

@@ -1163,7 +1163,7 @@ LAPLACE = [
     kind(
         "effects of level 1 held at a point",
         "'item', whose scale",
-        lambda _: Laplace().fit(item_effects, fits.new_tasks()),
+        lambda _: Laplace("ggn").fit(item_effects, fits.new_tasks()),
         "integrated=('item',)",
         error=UnsupportedModelError,
     ),

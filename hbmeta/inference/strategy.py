@@ -43,7 +43,7 @@ from hbmeta.staging import tier_of
 from hbmeta.tasks import Tasks, TaskSet
 from hbmeta.tasks.checks import check_seed
 from hbmeta.training import Learned, MetaGradient, Options, train
-from hbmeta.triangular import positive_definite_at
+from hbmeta.triangular import NotPositiveDefinite, positive_definite_at
 
 _CELLS_FOR_THREADS = 50_000
 # Tasks of a fit whose distance to their mode is looked at.
@@ -277,7 +277,7 @@ class Strategy(abc.ABC):
             with torch.no_grad():
                 centre = centre_of(self.posterior(problem, learned.theta, learned.own, batch))
             found = distance_to_mode(problem, learned.theta, centre, batch)
-        except torch.linalg.LinAlgError:  # which adapting will say; θ is fitted
+        except NotPositiveDefinite:  # which adapting will say; θ is fitted
             return torch.full((some.n_tasks,), torch.nan)
         if text := complaint(found, some.ids):
             warnings.warn(f"{self.name}: {text}", stacklevel=3)
