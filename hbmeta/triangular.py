@@ -40,7 +40,10 @@ def positive_definite_at(where: str, when: str) -> Iterator[None]:
     """
     try:
         yield
-    except NotPositiveDefinite as error:
+    except RuntimeError as error:
+        # Compiled code raises no LinAlgError, but its text, with a stack of frames.
+        if not str(error).startswith("linalg.cholesky"):
+            raise
         raise ConvergenceError(
             where,
             needed="parameters at which the program's covariance is positive definite",
