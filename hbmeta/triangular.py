@@ -47,7 +47,7 @@ def positive_definite_at(where: str, when: str) -> Iterator[None]:
         raise ConvergenceError(
             where,
             needed="parameters at which the program's covariance is positive definite",
-            found=f"one that is not, {when}: {str(error).splitlines()[0]}",
+            found=f"one that is not, {when}: {str(error).splitlines()[0].rstrip('.')}",
             do="Lower step_size or the learning rates, whose steps have left that region, or add "
             "more to the diagonal of the covariance.",
         ) from error

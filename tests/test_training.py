@@ -403,7 +403,7 @@ def test_a_compiled_factor_that_fails_is_named_and_nothing_else_is():
     """Compiled code raises a RuntimeError, with frames below its first line."""
     text = "linalg.cholesky: the input is not positive-definite.\nframe #0: c10::Error"
     with (
-        pytest.raises(ConvergenceError, match=r"one that is not, at step 3: .*definite\.\. Lower"),
+        pytest.raises(ConvergenceError, match=r"one that is not, at step 3: .*definite\. Lower"),
         positive_definite_at("MAML.fit", "at step 3"),
     ):
         raise RuntimeError(text)
