@@ -7,8 +7,7 @@ posterior density, the coefficients of the tasks integrated out) and by NUTS, an
 own defaults where that is installed; a Gaussian model of one group by maximum likelihood too
 (ExactLinear), which is what lme4 and MixedModels.jl publish. Maximum likelihood has no priors: a
 posterior mean of a standard deviation with few groups lies above it. Bambi takes the coefficients
-of a group as independent. Where several groups are crossed, Laplace holds the effects of all but
-one at a point together with their standard deviation, whose joint mode is no estimate of it.
+of a group as independent. Where several groups are crossed, Laplace integrates all effects out.
 Seconds are those of a whole fit, compiling included. InstEval is cut to its first 150 students.
 --quick draws little.
 """

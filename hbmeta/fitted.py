@@ -24,6 +24,7 @@ from hbmeta.program import Program, Theta
 from hbmeta.structured import DENSITIES
 from hbmeta.tasks import Schema, Tasks, TaskSet
 from hbmeta.tasks.checks import check_seed
+from hbmeta.triangular import positive_definite_at
 
 if TYPE_CHECKING:
     import arviz
@@ -126,13 +127,16 @@ class Fitted:
         strategy = self.strategy.replaced(**overrides)
         tasks = tasks.to(device=self.problem.device, dtype=self.problem.dtype)
         self._check_y(tasks)
-        return strategy.adapt(self, tasks, seed)
+        with positive_definite_at(f"{strategy.name}.adapt", "while adapting"):
+            return strategy.adapt(self, tasks, seed)
 
     def posterior_of(self, support: Tasks) -> TaskPosterior:
         """The posterior of the fit where it saw these tasks with these data, else `adapt`."""
-        if all(self.saw(support)):
-            return self._posterior_of_known(support)
-        return self.adapt(support)
+        if not all(self.saw(support)):
+            return self.adapt(support)
+        return (
+            self.posterior if support.ids == self.tasks.ids else self.posterior.select(support.ids)
+        )
 
     def saw(self, support: Tasks) -> list[bool]:
         """For each task, whether the fit saw it (by id) with these very rows, in any order."""
@@ -143,10 +147,6 @@ class Fitted:
             i in known and _rows_of(support[k : k + 1]) == _rows_of(self.tasks.select([i]))
             for k, i in enumerate(support.ids)
         ]
-
-    def _posterior_of_known(self, support: Tasks) -> TaskPosterior:
-        whole = support.ids == self.tasks.ids
-        return self.posterior if whole else self.posterior.select(support.ids)
 
     def globals(self) -> dict[str, Tensor]:
         """Constrained global sites: a value each, or draws (draws, *shape)."""

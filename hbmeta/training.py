@@ -30,6 +30,7 @@ from hbmeta.program import Batch, Theta
 from hbmeta.resuming import Checkpoint, digest
 from hbmeta.staging import Tier
 from hbmeta.tasks import Tasks
+from hbmeta.triangular import positive_definite_at
 
 if TYPE_CHECKING:
     from hbmeta.inference.strategy import Strategy
@@ -213,7 +214,8 @@ def train(strategy: Strategy, problem: Problem, data: Any, options: Options) -> 
     whole_rates = [group["lr"] for group in optimizer.param_groups]
     free = list(moving.free.values())
     for number, share in enumerate(rates.tolist()[len(done) :], start=len(done)):
-        loss, found = gradient(*setup.feed.step(number), setup.noise())
+        with positive_definite_at(f"{strategy.name}.fit", f"at training step {number}"):
+            loss, found = gradient(*setup.feed.step(number), setup.noise())
         for value, one in zip(free, found, strict=True):
             # Copied: a compiled graph may return another order in memory than Adam walks along.
             value.grad.copy_(one)  # type: ignore[union-attr]

@@ -6,12 +6,51 @@ around them; a library call inside a compiled graph costs more than the whole of
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from hbmeta.errors import ConvergenceError
+
 _WRITTEN_OUT = 4
 
-__all__ = ["cholesky", "covariance_factor", "solve_lower"]
+# Absent from torch's type hints.
+NotPositiveDefinite: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+__all__ = [
+    "NotPositiveDefinite",
+    "cholesky",
+    "covariance_factor",
+    "positive_definite_at",
+    "solve_lower",
+]
+
+
+@contextlib.contextmanager
+def positive_definite_at(where: str, when: str) -> Iterator[None]:
+    """What a program's own Cholesky factor raises, as an error that names the step.
+
+    Args:
+        where: the function that runs the program.
+        when: what it was doing, for the message.
+    Raises:
+        ConvergenceError: a matrix was not positive definite.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Compiled code raises no LinAlgError, but its text, with a stack of frames.
+        if not str(error).startswith("linalg.cholesky"):
+            raise
+        raise ConvergenceError(
+            where,
+            needed="parameters at which the program's covariance is positive definite",
+            found=f"one that is not, {when}: {str(error).splitlines()[0].rstrip('.')}",
+            do="Lower step_size or the learning rates, whose steps have left that region, or add "
+            "more to the diagonal of the covariance.",
+        ) from error
 
 
 def cholesky(matrix: Tensor) -> Tensor:

@@ -122,7 +122,9 @@ def fit(strategy, name, *, small=False):
     # Short chains are warned of.
     short = ("NUTS: ", "SGLD", "SGHMC", "Pathfinder: ")
     found = [str(w.message) for w in caught if not str(w.message).startswith(short)]
-    return fitted, [message for message in found if "torch.jit" not in message]
+    # A few training steps and inner steps end far from a mode.
+    expected = ("torch.jit", "near the mode of log p(S, φ | θ)")
+    return fitted, [message for message in found if not any(part in message for part in expected)]
 
 
 fit_once = cache(fit)

@@ -135,6 +135,18 @@ def with_deterministic_data(x, y=None):
             pyro.deterministic("score", phi + x[..., 0])
 
 
+def with_a_covariance(x, y=None):
+    """Positive definite for |φ| < 1 alone; small y pull φ to 1."""
+    mean = pyro.sample("mean", dist.Normal(0.5, 1.0))
+    with task(x):
+        phi = pyro.sample("phi", dist.Normal(mean, 0.1))
+        rows = [torch.stack([torch.ones_like(phi), phi], -1)]
+        rows.append(rows[0].flip(-1))
+        factor = torch.linalg.cholesky(torch.stack(rows, -2))
+        with point(x):
+            pyro.sample("y", dist.Normal(0.0, factor[..., 1, 1]), obs=y)
+
+
 def with_a_branch(x, y=None):
     with task(x):
         phi = pyro.sample("phi", dist.Normal(0.0, 1.0))
@@ -1156,7 +1168,7 @@ LAPLACE = [
     kind(
         "effects of level 1 held at a point",
         "'item', whose scale",
-        lambda _: Laplace().fit(item_effects, fits.new_tasks()),
+        lambda _: Laplace("ggn").fit(item_effects, fits.new_tasks()),
         "integrated=('item',)",
         error=UnsupportedModelError,
     ),
@@ -1171,6 +1183,22 @@ LAPLACE = [
         "prior=False",
         lambda _: Laplace(integrated=("item",), prior=False),
         "Leave them out",
+    ),
+    *(
+        kind(
+            f"steps of {name} out of a covariance",
+            f"one that is not, {when}",
+            lambda _, strategy=strategy: fits.fit(
+                strategy, some(0.01), with_a_covariance, theta_learning_rate=1.0
+            ),
+            f"{name}.fit",
+            error=ConvergenceError,
+        )
+        for name, when, strategy in (
+            ("MAML", "in the fit: linalg.cholesky", MAML(step_size=1.0)),
+            ("BMAML", "in the fit: linalg.cholesky", BMAML(step_size=1.0)),
+            ("MetaSGD", "at training step 1: linalg.cholesky", MetaSGD(step_size=1e-4)),
+        )
     ),
     kind(
         "softening what has a spread",

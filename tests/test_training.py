@@ -17,8 +17,12 @@ from hbmeta.inference import MAML, AmortizedGuide
 from hbmeta.problem import Problem
 from hbmeta.tasks import Episode, LinearTasks, Sinusoids, Tasks
 from hbmeta.training import prior_scales
+from hbmeta.triangular import positive_definite_at
 from tests import reference
 from tests.cases import case, eight_schools_centered, rows_of
+
+# Fits of a few steps end far from the modes of their tasks, which is not what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*near the mode of log p")
 
 EAGER = {"compile": False, "seed": 0, "progress": False}
 
@@ -393,3 +397,15 @@ def test_half_precision_compiled():
     torch.testing.assert_close(
         torch.tensor(compiled.history), torch.tensor(graph.history), rtol=0.03, atol=0.0
     )
+
+
+def test_a_compiled_factor_that_fails_is_named_and_nothing_else_is():
+    """Compiled code raises a RuntimeError, with frames below its first line."""
+    text = "linalg.cholesky: the input is not positive-definite.\nframe #0: c10::Error"
+    with (
+        pytest.raises(ConvergenceError, match=r"one that is not, at step 3: .*definite\. Lower"),
+        positive_definite_at("MAML.fit", "at step 3"),
+    ):
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match=r"^shape"), positive_definite_at("MAML.fit", "at step"):
+        raise RuntimeError("shape of linalg.cholesky")

@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 
 from hbmeta.bounds.bound import Bound, bound_of_terms
-from hbmeta.bounds.checks import Values, task_arguments
+from hbmeta.bounds.checks import Array, Values, task_arguments
 from hbmeta.bounds.inverse import kl_inverse
 from hbmeta.errors import DataError
 
@@ -73,7 +73,7 @@ def amit_meir(
     doubt = np.log(2.0 * given.column("n_tasks") * m / given.column("delta"))
     paid = given.column("hyper_kl") + given.task_kls + doubt
     within = np.sqrt(paid / (2.0 * (m - 1.0))).mean(-1)
-    across = np.sqrt((given.hyper_kl + np.log(2.0 * T / given.delta)) / (2.0 * (T - 1.0)))
+    across = _environment(given.hyper_kl, T, given.delta)
     return bound_of_terms(
         "Amit & Meir 2018, Theorem 2",
         empirical=given.mean_risk,
@@ -144,7 +144,7 @@ def amit_meir_kl(
     c = (given.column("hyper_kl") + given.task_kls + doubt) / m
     inner = kl_inverse(given.risk, c).mean(-1)
     if environment == "root":
-        across = np.sqrt((given.hyper_kl + np.log(2.0 * T / delta)) / (2.0 * (T - 1.0)))
+        across = _environment(given.hyper_kl, T, delta)
         raw = inner + across
     else:
         raw = kl_inverse(inner, (given.hyper_kl + np.log(4.0 * np.sqrt(T) / delta)) / T)
@@ -156,3 +156,9 @@ def amit_meir_kl(
         across_task=across,
         raw=raw,
     )
+
+
+def _environment(hyper_kl: Array, T: Array, delta: Array) -> Array:
+    """√((K_H + log(2T/δ)) / (2(T − 1))), from the training tasks to a new one, at δ/2."""
+    root: Array = np.sqrt((hyper_kl + np.log(2.0 * T / delta)) / (2.0 * (T - 1.0)))
+    return root

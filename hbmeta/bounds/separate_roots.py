@@ -10,8 +10,8 @@ probability at least 1 − δ, for all 𝒬 at once,
 
 As √ is concave, E_P √(KL + c) ≤ √(K_i + c): the last term is computed from K_i = E_P KL.
 
-**The account's bound**, for equal m, is (7.2) of formalML's page on meta-learning, where it is
-called Amit & Meir's, which it is not:
+**The bound with the hyper-KL outside the task term**, for equal m, is the square-root form that is
+often quoted as Amit & Meir's, which it is not (formalML's page on meta-learning, (7.2)):
 
     R ≤ R̂ + √((K_H + log(4T/δ)) / (2(T − 1))) + (1/T) Σ_i √((K_i + log(4Tm/δ)) / (2(m − 1))).
 
@@ -101,10 +101,10 @@ def account_bound(
     n_tasks: Values,
     delta: Values,
 ) -> Bound:
-    """The account's (7.2): true by Theorem R, though neither Amit & Meir's nor proved where stated.
+    """The form often quoted as Amit & Meir's, with the hyper-KL outside the task term.
 
-    Kept because people look for it. `separate_roots` assumes the same, is always smaller, and takes
-    unequal samples.
+    True by Theorem R, though neither theirs nor proved where it is stated. Kept because people look
+    for it. `separate_roots` assumes the same, is always smaller, and takes unequal samples.
 
     Args:
         risk: R̂ in [0, 1], or R̂_i with the tasks last.
@@ -139,7 +139,7 @@ def account_bound(
     paid = given.task_kls + np.log(4.0 * given.column("n_tasks") * m / given.column("delta"))
     doubt = np.log(4.0 * T / given.delta)
     return bound_of_terms(
-        "The account's (7.2), by Theorem R of docs/certificates.md",
+        "The form quoted as Amit & Meir's, hyper-KL across tasks alone, by Theorem R",
         empirical=given.mean_risk,
         within_task=np.sqrt(paid / (2.0 * (m - 1.0))).mean(-1),
         across_task=np.sqrt((given.hyper_kl + doubt) / (2.0 * (T - 1.0))),

@@ -13,7 +13,7 @@ import abc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class BayesianGradient(Strategy):
     reduction: Literal["mean", "sum"] = "mean"
     optimizer: InnerOptimizerName = "descent"
     momentum: float = 0.9
+
+    seeks_mode: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.require_whole("steps", 0)

@@ -8,7 +8,11 @@ log p(S | φ, θ) + log p(φ | θ). q(φ | S) is what they are then, with equal 
 Training compares them with particles that know more. The *chaser* φ^c has taken the N steps; the
 *leader* φ^l has gone on from there for s steps on log p(S, Q | φ, θ) + log p(φ | θ), and is held:
 
-    L_chaser = (1/M) Σ_m ‖φ^c_m − φ^l_m‖²
+    L_chaser = (1/M) Σ_m ‖φ^c_m − φ^l_m‖² / (2 α s)      (over n as well, where steps are not)
+
+The published loss is the distance alone. The factor gives it the units of the other losses, nats
+per point: for one particle and s = 1 the gradient at φ^c is that of −log p(S, Q, φ^c) / n. Without
+it −log p(θ), which training adds, weighs 1/α times too much and keeps θ at its prior.
 
 Its gradient reaches θ through the start and the pull of p(φ | θ). A θ that stands in the likelihood
 besides φ (a noise, a slope that tasks share) is none of the start, and the distance says nothing
@@ -177,8 +181,17 @@ class BMAML(BayesianGradient):
             distance = distance + square.sum(-1).mean(0)
         leader = {name: value.detach() + ahead[name] for name, value in chaser.items()}
         fit = -self.over(log_predictive, leader).mean(0) / points
+        distance = distance / self._nats(support, query)
         # In brackets: a loss that is large beside the distance would take its digits.
         return distance + (fit - fit.detach())
+
+    def _nats(self, support: Batch, query: Batch) -> Tensor:
+        """(tasks,) the squared distance that the leader goes per nat and point, 2 α s."""
+        per_point = torch.ones_like(support.counts)
+        if self.reduction == "sum":
+            per_point = (support.counts + query.counts).clamp_min(1.0)
+        # Without steps there is no distance either.
+        return per_point * (2.0 * self.leader_steps * self.step_size or 1.0)
 
     def _chased(
         self, problem: Problem, likelihood: Theta, prior: Theta, own: Any, support: Batch

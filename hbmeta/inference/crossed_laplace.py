@@ -154,6 +154,11 @@ def learn_crossed(
         theta={key: value.contiguous() for key, value in theta.items()},
         drawn=True,
         density=Empirical(search.phi + phi),
-        info={"log_evidence": float(evidence), "mode_found": met, **info},
+        info={
+            "log_evidence": float(evidence),
+            "mode_found": met,
+            "integrated": list(integrated),
+            **info,
+        },
         seconds_staging=search.seconds_staging,
     )

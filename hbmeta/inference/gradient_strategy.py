@@ -117,6 +117,7 @@ class GradientStrategy(Strategy):
     batches: int = 1
     recompute: bool | None = None
 
+    seeks_mode: ClassVar[bool] = True
     first_order: ClassVar[bool] = False
     """Whether the inner gradients are taken as constants."""
 

@@ -22,7 +22,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,8 @@ class ImplicitMAML(Strategy):
     tolerance: float = 1e-2
     reduction: Literal["mean", "sum"] = "mean"
     sites: tuple[str, ...] | None = None
+
+    seeks_mode: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, what in (("damping", self.damping), ("tolerance", self.tolerance)):

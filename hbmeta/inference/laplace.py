@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -25,6 +25,7 @@ from hbmeta.conjugate_gradients import solve
 from hbmeta.curvatures import DENSE, Kind, check_curvature, check_kind
 from hbmeta.damping import check_damping, warn_of_damping
 from hbmeta.densities import Transported
+from hbmeta.effects import refuse_scaled_effects, scaled_effects
 from hbmeta.errors import DataError
 from hbmeta.evidence import maximise_evidence
 from hbmeta.feeding import Needs, training_tasks
@@ -42,6 +43,7 @@ from hbmeta.inference.softened import soften
 from hbmeta.inference.strategy import Strategy
 from hbmeta.laplace_evidence import kind_for_evidence, total_evidence
 from hbmeta.modes import Modes, find_modes, warn_of_missed
+from hbmeta.parametrisation import shared_effects
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
@@ -98,8 +100,11 @@ class Laplace(Strategy):
             to a dot.
         integrated: level-1 sites that are integrated out with φ, by name: effects with a scale of
             their own among θ, such as lecturers of students (crossed random effects). At a point
-            they and their scale have no mode. The fit then holds draws of them and of φ at the
-            other θ, which stands at the maximum of the evidence (`hbmeta.crossed_evidence`).
+            they and their scale have no mode. By itself (with the default curvature, damping and
+            prior) Laplace integrates out all effects that it finds, in either form
+            (`hbmeta.effects`), and says which in info["integrated"]. The fit then holds draws of
+            them and of φ at the other θ, which stands at the maximum of the evidence
+            (`hbmeta.crossed_evidence`).
     Raises:
         UnsupportedModelError: a program that has no such curvature, or effects of level 1 that
             would have to be held at a point together with their scale.
@@ -166,6 +171,16 @@ class Laplace(Strategy):
                 f"prior={self.prior!r}",
                 do="Leave them out.",
             )
+
+    def suited(self, problem: Problem, known: Tasks) -> Laplace:
+        """With every effect that has a scale of its own integrated out, where settings allow."""
+        scaled = scaled_effects(problem, problem.batch(known[:2]))
+        found = (*shared_effects(problem), *scaled)
+        plain = self.curvature == "exact" and self.damping is None and self.prior
+        if found and not self.integrated and plain and problem.sites.phi_size <= DENSE:
+            return replace(self, integrated=found)
+        refuse_scaled_effects(tuple(n for n in scaled if n not in self.integrated), self.name)
+        return self
 
     def check(self, problem: Problem) -> None:
         """A program that has this curvature, and a θ that can be held at a point."""

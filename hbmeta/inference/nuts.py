@@ -119,6 +119,10 @@ class NUTS(Strategy):
                 do="Leave it out for 'spread'.",
             )
 
+    def suited(self, problem: Problem, known: Tasks) -> Strategy:
+        """Itself: θ is drawn."""
+        return self
+
     def check(self, problem: Problem) -> None:
         """Every level-1 parameter needs a prior."""
         require_priors(problem, self.name)

@@ -75,6 +75,10 @@ class Pathfinder(Strategy):
                     do="Leave it out for the default.",
                 )
 
+    def suited(self, problem: Problem, known: Tasks) -> Strategy:
+        """Itself: θ is drawn."""
+        return self
+
     def check(self, problem: Problem) -> None:
         """Every level-1 parameter needs a prior."""
         require_priors(problem, self.name)

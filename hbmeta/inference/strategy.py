@@ -20,6 +20,7 @@ import abc
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,10 +30,12 @@ from torch import Tensor, nn
 
 from hbmeta.compilation import HALVES
 from hbmeta.densities import Delta, Density, Empirical, Transported
+from hbmeta.effects import refuse_scaled_effects, scaled_effects
 from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.feeding import Needs, training_tasks
 from hbmeta.fitted import Fitted, Seconds
 from hbmeta.models import HierarchicalModel
+from hbmeta.nearness import centre_of, complaint, distance_to_mode, measurable
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Program, Theta
@@ -40,8 +43,11 @@ from hbmeta.staging import tier_of
 from hbmeta.tasks import Tasks, TaskSet
 from hbmeta.tasks.checks import check_seed
 from hbmeta.training import Learned, MetaGradient, Options, train
+from hbmeta.triangular import NotPositiveDefinite, positive_definite_at
 
 _CELLS_FOR_THREADS = 50_000
+# Tasks of a fit whose distance to their mode is looked at.
+_LOOKED_AT = 1000
 
 __all__ = ["Strategy", "on_device", "threads_for"]
 
@@ -58,6 +64,8 @@ class Strategy(abc.ABC):
     """Whether it keeps p(φ | θ), at least its location, or drops it."""
     without_phi: ClassVar[bool] = False
     """Whether it takes programs in which nothing differs between tasks but the data."""
+    seeks_mode: ClassVar[bool] = False
+    """Whether q(φ | S) comes from steps towards high log p(S | φ, θ), which may end too soon."""
     joint_loss: ClassVar[bool] = False
     """Whether θ is trained by a density of all that is observed, embeddings of x included."""
 
@@ -128,6 +136,16 @@ class Strategy(abc.ABC):
         """Raises UnsupportedModelError where the strategy makes no sense for the program."""
         return  # every program is welcome, unless a strategy says otherwise
 
+    def suited(self, problem: Problem, known: Tasks) -> Strategy:
+        """The strategy as it will run on this program: itself, unless it says otherwise.
+
+        Raises:
+            UnsupportedModelError: θ holds effects and a scale of theirs, which would stay at a
+                point together (`hbmeta.effects`).
+        """
+        refuse_scaled_effects(scaled_effects(problem, problem.batch(known[:2])), self.name)
+        return self
+
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:
         """Finds θ and `own`; by default gradient descent on `loss`."""
         return train(self, problem, data, options)
@@ -180,7 +198,8 @@ class Strategy(abc.ABC):
         Raises:
             UnsupportedModelError: the strategy makes no sense for this program.
             DataError, ProgramError: the data or the program cannot be used.
-            ConvergenceError: the loss became infinite or NaN.
+            ConvergenceError: the loss became infinite or NaN, or steps led where the program's own
+                covariance is not positive definite.
         """
         start = time.perf_counter()
         where = f"{self.name}.fit"
@@ -221,17 +240,20 @@ class Strategy(abc.ABC):
             )
         self._check_precision(problem)
         self.check_levels(problem)
-        self.check(problem)
+        chosen = self.suited(problem, known)
+        chosen.check(problem)
         options = Options(
             steps=steps, tasks_per_step=tasks_per_step, learning_rate=learning_rate,
             theta_learning_rate=theta_learning_rate, decay=decay, seed=seed, tier=tier,
             checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
-        with threads_for(known):
-            learned = self.learn(problem, tasks, options)
+        with threads_for(known), positive_definite_at(where, "in the fit"):
+            learned = chosen.learn(problem, tasks, options)
+            if self.seeks_mode and measurable(problem):
+                learned.info["distance_to_mode"] = self._looked_at(problem, learned, known)
         schema = tasks.schema if isinstance(tasks, TaskSet) else None
         return Fitted(
-            strategy=self,
+            strategy=chosen,
             model=bound,
             problem=problem,
             theta={k: v.detach() for k, v in learned.theta.items()},
@@ -246,6 +268,20 @@ class Strategy(abc.ABC):
             seconds=Seconds(time.perf_counter() - start, learned.seconds_staging),
             chains=learned.chains,
         )
+
+    def _looked_at(self, problem: Problem, learned: Learned, known: Tasks) -> Tensor:
+        """(tasks,) how far q lies from the mode of each task's log joint; warns where it is far."""
+        some = known[:_LOOKED_AT].to(device=problem.device, dtype=problem.dtype)
+        batch = problem.batch(some)
+        try:
+            with torch.no_grad():
+                centre = centre_of(self.posterior(problem, learned.theta, learned.own, batch))
+            found = distance_to_mode(problem, learned.theta, centre, batch)
+        except NotPositiveDefinite:  # which adapting will say; θ is fitted
+            return torch.full((some.n_tasks,), torch.nan)
+        if text := complaint(found, some.ids):
+            warnings.warn(f"{self.name}: {text}", stacklevel=3)
+        return found
 
     def check_levels(self, problem: Problem) -> None:
         """Refuses programs without φ, and embeddings that the strategy would shrink to nothing."""

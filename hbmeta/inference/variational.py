@@ -172,6 +172,10 @@ class Variational(Strategy):
                 do="Use theta='point', or NUTS.",
             )
 
+    def suited(self, problem: Problem, known: Tasks) -> Strategy:
+        """Itself; effects with a scale of their own want θ as a distribution."""
+        return super().suited(problem, known) if self.theta == "point" else self
+
     def check(self, problem: Problem) -> None:
         """A task prior that is a density, and a family that φ is neither too long nor short for."""
         require_proper_prior(problem, self.name)

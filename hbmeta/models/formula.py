@@ -49,10 +49,9 @@ class FormulaModel(HierarchicalModel):
     population's included; "coefficients_2" of a second term of the task. Deterministic: "effects_g"
     (levels, k).
 
-    What holds θ at a point takes the effects of other groups there too, with their scale: the joint
-    mode of both is no estimate of "scale_g". It is far too large (12 against 0.34 on the 24 items
-    of VerbAgg), the effects are hardly shrunk, and the common coefficients are off with them. NUTS
-    draws them, and is what to use where other groups matter.
+    With other groups "z_g" and "scale_g" have no sensible joint mode (`hbmeta.effects`): what holds
+    θ at a point refuses them. Laplace integrates "z_g" out by itself; NUTS, Pathfinder and
+    Variational(theta="distribution") draw them.
 
     Args:
         design: the columns, learned from a table.

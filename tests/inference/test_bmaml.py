@@ -108,7 +108,7 @@ def test_chaser_and_leader_are_those_of_loops():
 
         chaser = moved(np.array(MEAN) + offsets, slice(2, None), 2)
         leader = moved(chaser, slice(None), 2)
-        distance = ((chaser - leader) ** 2).sum(1).mean()
+        distance = ((chaser - leader) ** 2).sum(1).mean() / (2 * 0.02 * chosen.leader_steps)
         np.testing.assert_allclose(float(found[i].detach()), distance, rtol=1e-10)
 
 
@@ -139,7 +139,7 @@ def test_chaser_loss_moves_the_start_towards_the_leader():
         # The steps' own θ of the likelihood is held, as the loss holds it.
         moved = chosen._chased(problem, theta, {**theta, **prior}, own, support)
         parts = [((moved[k] - leader[k]) ** 2).sum() / 3 for k in moved]
-        return float(sum(parts).detach())
+        return float(sum(parts).detach()) / (2 * chosen.step_size)
 
     for key in ("mean", "scale"):
 
@@ -156,6 +156,29 @@ def test_chaser_loss_moves_the_start_towards_the_leader():
 
     expected = reference.finite_difference(of_offsets, start.numpy().ravel())
     np.testing.assert_allclose(found["own"].ravel(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_chaser_loss_is_in_nats_per_point(reduction):
+    """One particle, one leader step: the gradient at the chaser is that of −log p(S, Q, φ) / n.
+
+    So log p(θ) weighs what it weighs beside other losses. Claimed to rounding.
+    """
+    problem, support, query = parts("two_coefficients")
+    chosen = BMAML(steps=2, step_size=1e-3, particles=1, reduction=reduction)
+    theta = {k: v.requires_grad_() for k, v in problem.theta(support).items()}
+    held = {k: v.detach() for k, v in theta.items()}
+    chaser = chosen._chased(problem, held, theta, None, support)
+    phi = {k: v[0].detach().requires_grad_() for k, v in chaser.items()}
+    data, local, _ = problem.terms(held, phi, support)
+    joint = data + local + problem.log_predictive(held, phi, support, query)
+    n = support.counts + query.counts
+    slopes = torch.autograd.grad((joint / n).sum(), list(phi.values()))
+    through = sum((s * c[0]).sum() for s, c in zip(slopes, chaser.values(), strict=True))
+    (expected,) = torch.autograd.grad(-through, theta["mean"], retain_graph=True)
+    loss = chosen.loss(problem, theta, None, support, query, {}).sum()
+    (found,) = torch.autograd.grad(loss, theta["mean"])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0.0)
 
 
 def test_theta_of_the_likelihood_follows_fishers_identity():

@@ -22,6 +22,9 @@ from hbmeta.problem import Problem
 from hbmeta.tasks import Episode, Sinusoids, Tasks
 from hbmeta.training import Options, mean_over_queries
 
+# Fits of a few steps end far from the modes of their tasks, which is not what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*near the mode of log p")
+
 DOUBLE = torch.float64
 HALF_LOG = 0.5 * math.log(2 * math.pi)
 EXACT = ImplicitMAML(damping=2.0, tolerance=1e-12, steps=100)
