@@ -72,8 +72,8 @@ def sbc(
             scaled by the data stay the same in all simulations.
         strategy: with its settings.
         tasks: the x to simulate on.
-        simulations: fits. Twenty per bin of a histogram is a beginning; a sd that is 0.7 of the
-            right one takes about 60, a shift of 0.2 sd about 400 (`benchmarks.calibration`).
+        simulations: fits; how many tell a wrong posterior from a right one is measured by
+            `benchmarks.calibration`.
         draws: L of each posterior, thinned evenly where chains come; one less than a number with
             many divisors.
         ranked: how many tasks have ranks, where they depend on each other; all of them otherwise.
