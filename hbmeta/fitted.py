@@ -187,16 +187,11 @@ class Fitted:
 
         return predict_frame(self, frame, support, interval, seed)
 
-    def to_inference_data(self, *, draws: int = 1000, seed: int = 0) -> arviz.InferenceData:
-        """ArviZ: global sites, local sites of the tasks fitted on, log-likelihood and data.
-
-        Args:
-            draws: draws of a Gaussian posterior; chains come whole.
-            seed: of these draws.
-        """
+    def to_inference_data(self, *, draws: int = 1000, **more: Any) -> arviz.InferenceData:
+        """ArviZ groups; arguments as of `hbmeta.inference_data.fitted_to_inference_data`."""
         from hbmeta.inference_data import fitted_to_inference_data
 
-        return fitted_to_inference_data(self, draws=draws, seed=seed)
+        return fitted_to_inference_data(self, draws, **more)
 
     def save(self, path: Any) -> None:
         """Writes one safetensors file with a JSON header, atomically; `hbmeta.load` reads it.

@@ -377,11 +377,13 @@ class TaskPosterior:
             seed=seed,
         )
 
-    def to_inference_data(self, draws: int = 1000, seed: int = 0) -> arviz.InferenceData:
-        """ArviZ groups posterior, log_likelihood, observed_data, constant_data; dims by plate."""
+    def to_inference_data(
+        self, draws: int = 1000, seed: int = 0, *, query: Tasks | None = None
+    ) -> arviz.InferenceData:
+        """ArviZ groups of these tasks, dims by plate; see `hbmeta.inference_data`."""
         from hbmeta.inference_data import posterior_to_inference_data
 
-        return posterior_to_inference_data(self, draws=draws, seed=seed)
+        return posterior_to_inference_data(self, draws=draws, seed=seed, query=query)
 
 
 def _thin(available: int, wanted: int) -> Tensor:

@@ -13,7 +13,7 @@ from hbmeta.errors import ConvergenceError, CurvatureError, DataError, Unsupport
 from hbmeta.files import atomic
 from hbmeta.fitted import Fitted
 from hbmeta.inference import Strategy
-from hbmeta.models import VaryingEffects
+from hbmeta.program import Program
 from hbmeta.records import Comparison
 from hbmeta.tables import aligned
 from hbmeta.tasks import TaskSet
@@ -51,7 +51,7 @@ STRATEGIES = {
 
 def fit_all(
     choices: Mapping[str, Choice],
-    model: VaryingEffects,
+    model: Program,
     known: TaskSet,
     *,
     seed: int,

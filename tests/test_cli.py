@@ -11,6 +11,8 @@ from hbmeta.comparison import Comparison
 
 FAST = ["--compile", "graph"]
 FILES = {
+    "run.json",
+    "fits",
     "comparison_known.json",
     "comparison_new.json",
     "posterior.nc",

@@ -1,0 +1,7 @@
+"""`python -m hbmeta.cli`."""
+
+import sys
+
+from hbmeta.cli import main
+
+sys.exit(main())
