@@ -234,7 +234,8 @@ def _evidence(fitted: Fitted, theta: Theta, batch: Batch, modes: Tensor | None) 
 
 def _scales(problem: Problem, theta: Theta, batch: Batch) -> Theta:
     """What a step is measured in: the scale of a site's prior, at least 1 of other parameters."""
-    found = prior_scales(problem, theta, batch)
+    # At the priors' locations: far below it the logarithm of a scale has next to no curvature.
+    found = prior_scales(problem, problem.theta(batch), batch)
     return {n: found[n] if n in found else v.abs().clamp_min(1.0) for n, v in theta.items()}
 
 

@@ -278,7 +278,7 @@ def _around_mode(problem: Problem, theta: Theta, batch: Batch, seed: int) -> tup
     """
     sites = problem.sites
     at = sites.theta_to_vector(theta)
-    scale = sites.theta_to_vector(prior_scales(problem, theta, batch))
+    scale = sites.theta_to_vector(prior_scales(problem, problem.theta(batch), batch))
     gradient = _slope_of_evidence(problem, theta, batch, seed)
     white = scale.unsqueeze(-1) * observed_information(gradient, at, scale) * scale
     if not bool(torch.isfinite(white).all()):
