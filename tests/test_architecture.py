@@ -97,6 +97,7 @@ ORDER = [
     "comparison",
     "certificate",
     "diagnostics",
+    "diagnosis",
     "styles",
     "drawing",
     "marginals",
