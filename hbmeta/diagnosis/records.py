@@ -248,8 +248,8 @@ class Diagnosis:
 
 def _read(row: dict[str, Any]) -> dict[str, Any]:
     """A row with its numbers, which may be the text "nan", and its tuples."""
-    out = {k: tuple(v) if k == "index" else v for k, v in row.items()}
-    return out | {k: float(out[k]) for k in _NUMBERS if k in out}
+    out = {k: float(v) if k in _NUMBERS else v for k, v in row.items()}
+    return out | {"index": tuple(row["index"])} if "index" in row else out
 
 
 def _percent(share: float) -> str:
