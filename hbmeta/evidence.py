@@ -108,9 +108,7 @@ def maximise_evidence(
     return _learned(theta, value, at_zero, found.converged, found.seconds_staging)
 
 
-def observed_information(
-    gradient: Callable[[Tensor], Tensor], at: Tensor, scale: Tensor
-) -> Tensor:
+def observed_information(gradient: Callable[[Tensor], Tensor], at: Tensor, scale: Tensor) -> Tensor:
     """−∇²ℓ (size, size) from differences of ∇ℓ.
 
         ∇²ℓ e_j ≈ [8 (∇ℓ(u + h e_j) − ∇ℓ(u − h e_j)) − (∇ℓ(u + 2h e_j) − ∇ℓ(u − 2h e_j))] / 12h,

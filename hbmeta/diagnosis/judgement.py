@@ -80,7 +80,7 @@ def diagnose(
         judge, of_reference = find_reference(fitted, posterior.support, reference, draws, seed)
     trusted = judge is not None and bool(judge.usable.all())
     parameters = judged_parameters(fitted, posterior, judge, corrected, seed)
-    symptoms += _symptoms_of_spread(fitted, posterior, parameters)
+    symptoms += _symptoms_of_spread(fitted, posterior, parameters if trusted else [])
     shown = judge.posterior if judge is not None and trusted else posterior
     symptoms += symptoms_of_model(shown, trusted, seed)
     theta = "draws" if fitted.drawn else "point" if fitted.theta else "none"

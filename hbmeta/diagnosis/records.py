@@ -125,7 +125,7 @@ def summed_up(verdicts: Sequence[Verdict]) -> Verdict:
     if not verdicts:
         return "unverified"
     count = Counter(verdicts)
-    if count["wrong"] > (1.0 - SHARE_LIMIT) * len(verdicts):
+    if len(verdicts) - count["wrong"] < SHARE_LIMIT * len(verdicts):
         return "wrong"
     return "right" if count["right"] >= SHARE_LIMIT * len(verdicts) else "unverified"
 

@@ -60,7 +60,8 @@ def judged_parameters(
     if math.isnan(own_draws):
         density = posterior.density
         own_draws = float(_OWN_DRAWS)
-        if isinstance(density, Empirical):
+        # Nodes of a grid have no Monte Carlo error.
+        if isinstance(density, Empirical) and not density.nodes:
             own_draws = float(density.phi.shape[0])
     otherwise: Verdict = "unverified"
     if mixes(fitted) and all(fitted.saw(posterior.support)):
