@@ -104,11 +104,17 @@ def _fit(
     symptoms: list[Symptom],
 ) -> Reference | None:
     """A strategy on all rows that are known, and what its own diagnostics say."""
+    # Whether "auto" compiles hangs on the clock, and the last bits on that.
+    compile = "compiled" if isinstance(strategy, NUTS) else False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is read from its info
             found = strategy.fit(
-                fitted.model, _all_rows(fitted, support), seed=seed, progress=False
+                fitted.model,
+                _all_rows(fitted, support),
+                seed=seed,
+                compile=compile,
+                progress=False,
             )
     except HbmetaError as error:
         symptoms.append(_none(strategy.name, f"needed {error.needed}; found {error.found}"))
