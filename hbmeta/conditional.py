@@ -169,7 +169,11 @@ def _proposal(
     found = expand(function, mode)
     loc, tril = found.loc.detach(), found.tril.detach()
     if not bool(found.positive.all()):
-        values, vectors = torch.linalg.eigh(-gradient_and_hessian(function, mode)[2])
+        curvature = -gradient_and_hessian(function, mode)[2]
+        # Far out a θ may leave no finite density; its weight will be NaN, whatever the proposal.
+        lost = ~curvature.isfinite().flatten(-2).all(-1)[..., None, None]
+        identity = torch.eye(mode.shape[-1], dtype=mode.dtype, device=mode.device)
+        values, vectors = torch.linalg.eigh(torch.where(lost, identity, curvature))
         size = values.abs()
         size = torch.maximum(size, _LEAST * size.amax(-1, keepdim=True)).clamp_min(_LEAST)
         wide = torch.linalg.cholesky((vectors / size.unsqueeze(-2)) @ vectors.mT)

@@ -29,7 +29,10 @@ _POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma",
 # A slope of this many nats per row is no rounding.
 _STEEP = 1e-3
 
-__all__ = ["maximise_evidence", "warn_of_search"]
+# Of a difference of gradients, in units of the parameter's scale.
+_STEP = 1e-3
+
+__all__ = ["maximise_evidence", "observed_information", "warn_of_search"]
 
 
 def maximise_evidence(
@@ -103,6 +106,28 @@ def maximise_evidence(
             stacklevel=4,
         )
     return _learned(theta, value, at_zero, found.converged, found.seconds_staging)
+
+
+def observed_information(gradient: Callable[[Tensor], Tensor], at: Tensor, scale: Tensor) -> Tensor:
+    """−∇²ℓ (size, size) from differences of ∇ℓ.
+
+        ∇²ℓ e_j ≈ [8 (∇ℓ(u + h e_j) − ∇ℓ(u − h e_j)) − (∇ℓ(u + 2h e_j) − ∇ℓ(u − 2h e_j))] / 12h,
+
+    with an error of order h⁴.
+
+    Args:
+        gradient: u (size,) to ∇ℓ (size,).
+        at: where.
+        scale: (size,) of each entry of u; h is a thousandth of it.
+    """
+    columns = []
+    for j in range(len(at)):
+        step = torch.zeros_like(at)
+        step[j] = _STEP * scale[j]
+        near, far = (gradient(at + k * step) - gradient(at - k * step) for k in (1, 2))
+        columns.append((8 * near - far) / (12 * step[j]))
+    hessian = torch.stack(columns, -1)
+    return -0.5 * (hessian + hessian.T)
 
 
 def _nothing(theta: Theta) -> Sequence[Tensor]:

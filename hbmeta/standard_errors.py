@@ -8,11 +8,7 @@ the inverse observed information and the delta method for what the program calls
 Without a prior these are the classical standard errors of Type-II maximum likelihood: for
 ȳ_i ~ N(μ, v), v = τ² + σ²/n, SE(μ̂) = √(v/T) and SE(τ̂²) = v √(2/T). With one, they are posterior
 standard deviations of θ in Laplace's approximation. ∇ℓ is exact, through modes where there are any,
-and ∇²ℓ comes from its differences,
-
-    ∇²ℓ e_j ≈ [8 (∇ℓ(u + h e_j) − ∇ℓ(u − h e_j)) − (∇ℓ(u + 2h e_j) − ∇ℓ(u − 2h e_j))] / 12h,
-
-with an error of order h⁴, h a thousandth of the scale of the parameter.
+and ∇²ℓ comes from its differences (`hbmeta.evidence.observed_information`).
 
 A bound L ≤ ℓ (`Variational`) has another curvature than ℓ: where q is too narrow, so are standard
 errors from it. There ℓ is Laplace's evidence, whose curvature is taken at the θ̂ of the bound; that
@@ -31,6 +27,7 @@ from hbmeta.curvature import expand, log_joint
 from hbmeta.densities import Empirical
 from hbmeta.derivatives import jacobian_of
 from hbmeta.errors import ConvergenceError, CurvatureError, UnsupportedModelError
+from hbmeta.evidence import observed_information
 from hbmeta.fitted import Fitted
 from hbmeta.inference import ExactLinear, Laplace, Quadrature, Variational
 from hbmeta.laplace_evidence import total_evidence
@@ -42,7 +39,6 @@ from hbmeta.training import prior_scales
 if TYPE_CHECKING:
     import pandas
 
-_STEP = 1e-3
 _MOST = 200
 # ½ gᵀCg in nats: what a Newton step would still gain.
 _GAIN = 1e-3
@@ -132,14 +128,7 @@ def standard_errors(fitted: Fitted) -> StandardErrors:
             (found,) = torch.autograd.grad(total, vector)
         return found
 
-    columns = []
-    for j in range(len(at)):
-        step = torch.zeros_like(at)
-        step[j] = _STEP * scale[j]
-        near, far = (gradient(at + k * step) - gradient(at - k * step) for k in (1, 2))
-        columns.append((8 * near - far) / (12 * step[j]))
-    hessian = torch.stack(columns, -1)
-    information = -0.5 * (hessian + hessian.T)
+    information = observed_information(gradient, at, scale)
     covariance = _inverse(information, scale, names, where)
     slope = gradient(at)
     gain = float(0.5 * slope @ covariance @ slope)
@@ -245,7 +234,8 @@ def _evidence(fitted: Fitted, theta: Theta, batch: Batch, modes: Tensor | None) 
 
 def _scales(problem: Problem, theta: Theta, batch: Batch) -> Theta:
     """What a step is measured in: the scale of a site's prior, at least 1 of other parameters."""
-    found = prior_scales(problem, theta, batch)
+    # At the priors' locations: far below it the logarithm of a scale has next to no curvature.
+    found = prior_scales(problem, problem.theta(batch), batch)
     return {n: found[n] if n in found else v.abs().clamp_min(1.0) for n, v in theta.items()}
 
 

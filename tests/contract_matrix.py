@@ -16,7 +16,7 @@ STRATEGIES = (
     *("ExactGP", "Quadrature", "ProtoNet", "LatentNP"),
     *("FOMAML", "Reptile", "MetaSGD", "ANIL", "ImplicitMAML"),
     *("Laplace", "Variational", "SGLD", "SGHMC", "ABML", "BMAML", "PLATIPUS"),
-    "Pathfinder",
+    *("Pathfinder", "NestedLaplace"),
 )
 
 
@@ -52,6 +52,11 @@ NO_EMBEDDING = Refuses(
     "a joint model of label and embedding (models.ClassConditional): two observed sites per point, "
     "one of them the label y",
     "observed sites ['y']",
+)
+NO_THETA = Refuses(
+    "UnsupportedModelError",
+    "between 1 and 64 values of global sites to integrate out",
+    "0",
 )
 NO_MAXIMUM = Works("NoPooling: the likelihood has no maximum")
 # ExactGP, Quadrature, ProtoNet and LatentNP on a regression with up to three parameters per task.
@@ -233,10 +238,21 @@ _ELSEWHERE = {
     ("Pathfinder", "neural_regression"): _no_prior("mean.layer1.weight"),
     ("Pathfinder", "neural_classifier"): _no_prior("mean.layer1.weight"),
     ("Pathfinder", "latent_process"): _no_prior("of_x.weight"),
+    ("NestedLaplace", "module_parameters"): _no_prior("weight"),
+    ("NestedLaplace", "neural_regression"): _no_prior("mean.layer1.weight"),
+    ("NestedLaplace", "neural_classifier"): _no_prior("mean.layer1.weight"),
+    ("NestedLaplace", "latent_process"): _no_prior("of_x.weight"),
 } | {
     (strategy, name): ONE_ROW
     for strategy in ("ABML", "BMAML", "PLATIPUS")
     for name in ("eight_schools", "eight_schools_centered")
+}
+_ELSEWHERE |= {
+    ("NestedLaplace", name): NO_THETA
+    for name in (
+        *("linear_given_theta", "linear_own_nested", "linear_own_flat", "gamma_poisson"),
+        *("gaussian_process", "class_conditional", "neural_zero"),
+    )
 }
 
 

@@ -102,6 +102,7 @@ ORDER = [
     "calibration",
     "certification",
     "diagnostics",
+    "diagnosis",
     "styles",
     "drawing",
     "marginals",

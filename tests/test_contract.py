@@ -57,6 +57,7 @@ POSTERIORS = {
     "BMAML": lambda: inference.BMAML(steps=2, particles=3),
     "PLATIPUS": lambda: inference.PLATIPUS(steps=2, particles=6),
     "Pathfinder": lambda: inference.Pathfinder(paths=2, draws=100, iterations=8),
+    "NestedLaplace": lambda: inference.NestedLaplace(draws=400, proposals=8, rounds=1),
 }
 # Where all of the contract is run fast; on the other programs their outcome is, the rest is slow.
 EVERYWHERE = ("linear_given_theta", "varying_intercepts", "gamma_poisson", "neural_zero")
@@ -120,7 +121,7 @@ def fit(strategy, name, *, small=False):
             case(name).program, case(name).tasks, **{"compile": False, "seed": 0, **arguments}
         )
     # Short chains are warned of.
-    short = ("NUTS: ", "SGLD", "SGHMC", "Pathfinder: ")
+    short = ("NUTS: ", "SGLD", "SGHMC", "Pathfinder: ", "NestedLaplace: ")
     found = [str(w.message) for w in caught if not str(w.message).startswith(short)]
     # A few training steps and inner steps end far from a mode.
     expected = ("torch.jit", "near the mode of log p(S, φ | θ)")

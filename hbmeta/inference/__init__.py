@@ -13,6 +13,7 @@ from hbmeta.inference.laplace import Laplace
 from hbmeta.inference.latent_np import LatentNP
 from hbmeta.inference.maml import MAML
 from hbmeta.inference.meta_sgd import MetaSGD
+from hbmeta.inference.nested_laplace import NestedLaplace
 from hbmeta.inference.nuts import NUTS
 from hbmeta.inference.pathfinder import Pathfinder
 from hbmeta.inference.platipus import PLATIPUS
@@ -43,6 +44,7 @@ __all__ = [
     "Laplace",
     "LatentNP",
     "MetaSGD",
+    "NestedLaplace",
     "NoPooling",
     "Pathfinder",
     "ProtoNet",

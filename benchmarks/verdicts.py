@@ -1,0 +1,236 @@
+"""`hbmeta.diagnose` without a reference at hand, against the truth that stored references tell.
+
+Every strategy is fitted to every program anew (seed and settings of benchmarks/approximations.py)
+and diagnosed; the diagnosis sees the fit and the rows, and nothing of what is stored. The truth: a
+parameter is wrong where its mean lies more than 0.3 sd from the reference's or its sd outside
+[0.75, 1.33] of it; a fit is wrong where more than one in ten of its parameters is. A verdict that
+is not "right" counts as a flag, "unverified" too. Wanted: nine in ten wrong fits flagged, one in
+ten right fits at most.
+
+    python benchmarks/verdicts.py --only eight_schools radon_hierarchical --strategies Laplace NUTS
+
+Results are kept, one file per program and strategy, so that a run goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import hbmeta
+from benchmarks import agreement
+from benchmarks.approximations import STEPS, moments_by_name, reference_of, strategies
+from benchmarks.posterior_programs import CASES, Case, Moments
+from benchmarks.posteriors import Sampled
+from benchmarks.posteriors import kept as kept_sample
+from benchmarks.programs import data_folder
+from hbmeta.diagnosis.records import Diagnosis, Verdict, summed_up
+from hbmeta.distances import SD_LIMITS, TASK_LIMIT
+from hbmeta.errors import HbmetaError
+from hbmeta.files import write_text
+from hbmeta.inference import NUTS, Strategy
+from hbmeta.posterior import TaskPosterior
+from hbmeta.tasks import Episode
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "results" / "verdicts"
+SEED = 0
+WORDS: tuple[Verdict, ...] = ("right", "wrong", "unverified")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A fit's verdicts and the truth. Without them it was refused or failed: `why`.
+
+    Attributes:
+        counts: of parameters, by "truth/verdict".
+        means: truth and verdict on posterior means alone.
+        point: whether the posterior has no spread, so that it is wrong by construction.
+    """
+
+    program: str
+    strategy: str
+    why: str = ""
+    truth: str = ""
+    verdict: str = ""
+    means: tuple[str, str] = ("", "")
+    counts: dict[str, int] = field(default_factory=dict)
+    point: bool = False
+    reference: str = ""
+    symptoms: tuple[str, ...] = ()
+    seconds_fit: float = math.nan
+    seconds_diagnose: float = math.nan
+
+
+def names_of(posterior: TaskPosterior) -> dict[tuple[str, object, tuple[int, ...]], str]:
+    """The name in a reference of each entry of a site of a task."""
+    out: dict[tuple[str, object, tuple[int, ...]], str] = {}
+    for name, (mean, _) in posterior.moments(draws=2).items():
+        flat = agreement.labels(name, mean.numel())
+        entries = [()] if mean.dim() == 1 else list(torch.ones(mean.shape[1:]).nonzero().tolist())
+        keys = [(name, task, tuple(entry)) for task in posterior.ids for entry in entries]
+        out |= dict(zip(keys, flat, strict=True))
+    return out
+
+
+def truth_of(found: Moments, reference: Moments) -> tuple[Verdict, Verdict]:
+    """On mean and sd, and on the mean alone."""
+    close = abs(found.mean - reference.mean) <= TASK_LIMIT * reference.sd
+    spread = SD_LIMITS[0] <= found.sd / reference.sd <= SD_LIMITS[1]
+    return ("right" if close and spread else "wrong"), ("right" if close else "wrong")
+
+
+def compare(
+    diagnosis: Diagnosis, posterior: TaskPosterior, reference: Mapping[str, Moments]
+) -> tuple[Counter[str], list[tuple[Verdict, Verdict]]]:
+    """Parameters by "truth/verdict", and the truths about them."""
+    found, names = moments_by_name(posterior), names_of(posterior)
+    count: Counter[str] = Counter()
+    truths = []
+    for parameter in diagnosis.parameters:
+        name = names.get((parameter.site, parameter.task, parameter.index))
+        if name is None or name not in reference or not reference[name].sd > 0:
+            continue
+        truth = truth_of(found[name], reference[name])
+        truths.append(truth)
+        count[f"{truth[0]}/{parameter.verdict}"] += 1
+    return count, truths
+
+
+def judge(name: str, strategy: Strategy, case: Case, folder: Path) -> Judged:
+    """Fits, diagnoses, and looks up the truth."""
+    sampled = Sampled.from_json(kept_sample(case.name).read_text())
+    tasks = case.tasks(folder)
+    # One row a task leaves none to hold back, as in benchmarks/approximations.py.
+    trained = type(strategy).learn is Strategy.learn and strategy.needs == "split"
+    data = Episode(tasks, tasks) if trained and int(tasks.counts.max()) < 2 else tasks
+    try:
+        fitted = strategy.fit(case.program, data, steps=STEPS, seed=SEED, progress=False)
+        diagnosis = hbmeta.diagnose(fitted, tasks, seed=SEED + 1)
+        posterior = fitted.posterior_of(tasks)
+        count, truths = compare(diagnosis, posterior, reference_of(case, sampled, folder))
+    except HbmetaError as error:
+        return Judged(case.name, name, f"{type(error).__name__}: {error}")
+    except Exception as error:  # a bug, to be seen in the table, and not the end of a long run
+        return Judged(case.name, name, f"crashed: {type(error).__name__}: {error}")
+    return Judged(
+        case.name,
+        name,
+        truth=summed_up([both for both, _ in truths]),
+        verdict=diagnosis.verdict,
+        means=(summed_up([mean for _, mean in truths]), diagnosis.verdict_of_means),
+        counts=dict(count),
+        point=any(s.name == "point estimate" for s in diagnosis.symptoms),
+        reference=diagnosis.reference,
+        symptoms=tuple(s.name for s in diagnosis.symptoms),
+        seconds_fit=fitted.seconds.fit,
+        seconds_diagnose=diagnosis.seconds,
+    )
+
+
+def matrix(pairs: Sequence[tuple[str, str]] | Counter[tuple[str, str]]) -> str:
+    """Truth against verdict, and the shares that are flagged."""
+    count = Counter(pairs)
+    lines = ["| truth | right | wrong | unverified | flagged |", "|---|---|---|---|---|"]
+    for truth in ("right", "wrong"):
+        row = [count[truth, verdict] for verdict in WORDS]
+        share = f"{100 * sum(row[1:]) / sum(row):.0f} %" if sum(row) else "–"
+        lines.append(f"| {truth} | {' | '.join(map(str, row))} | {share} |")
+    return "\n".join(lines)
+
+
+def report(results: Sequence[Judged]) -> str:
+    """The matrices, every fit, the misses, and what was refused."""
+    ran = [r for r in results if not r.why]
+    spread = [r for r in ran if not r.point]
+    parameters: Counter[tuple[str, str]] = Counter()
+    for r in ran:
+        for key, number in r.counts.items():
+            truth, verdict = key.split("/")
+            parameters[truth, verdict] += number
+    parts = [
+        ("Fits", matrix([(r.truth, r.verdict) for r in ran])),
+        ("Fits with a spread (no point estimates)", matrix([(r.truth, r.verdict) for r in spread])),
+        ("Means alone, all fits", matrix([r.means for r in ran])),
+        ("Parameters of all fits", matrix(parameters)),
+    ]
+    lines = ["# Verdicts without a reference at hand, against the truth", ""]
+    for title, text in parts:
+        lines += [f"## {title}", "", text, ""]
+    lines += [
+        "| program | strategy | truth | verdict | means | judged by | fit (s) | diagnose (s) |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r.program} | {r.strategy} | {r.truth} | {r.verdict} | {'/'.join(r.means)} "
+        f"| {r.reference or '–'} | {r.seconds_fit:.1f} | {r.seconds_diagnose:.1f} |"
+        for r in ran
+    ]
+    misses = [r for r in ran if (r.truth == "wrong") != (r.verdict != "right")]
+    lines += [
+        "",
+        "Misses: " + (", ".join(f"{r.strategy} on {r.program}" for r in misses) or "none"),
+    ]
+    lines += [f"- {r.strategy} on {r.program}: {r.why}" for r in results if r.why]
+    return "\n".join(lines)
+
+
+def kept(program: str, strategy: str) -> Path:
+    """Where a result is kept."""
+    return KEPT / f"{program.replace('/', '-')}.{strategy}.json"
+
+
+def from_file(path: Path) -> Judged:
+    """The inverse of what is kept."""
+    fields = json.loads(path.read_text())
+    for name in ("means", "symptoms"):
+        fields[name] = tuple(fields[name])
+    return Judged(**fields)
+
+
+def main() -> int:
+    """Parses the arguments, runs what is not kept, and prints the tables of all that is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="programs")
+    parser.add_argument("--strategies", nargs="+", metavar="NAME", help="some of them")
+    parser.add_argument("--kept", action="store_true", help="show what was kept, run nothing")
+    parser.add_argument("--again", action="store_true", help="run anew what was kept")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder = data_folder()
+    if not arguments.kept and not folder.is_dir():
+        print(f"verdicts: needs the reference data at {folder}; set HBMETA_DATA")
+        return 1
+    wanted = strategies(arguments.strategies)
+    if arguments.strategies is None or "NUTS" in arguments.strategies:
+        wanted["NUTS"] = NUTS()
+    for case in CASES.values():
+        named = any(part in case.name for part in arguments.only)
+        if arguments.kept or not named or not kept_sample(case.name).exists():
+            continue
+        for name, strategy in wanted.items():
+            path = kept(case.name, name)
+            if path.exists() and not arguments.again:
+                continue
+            result = judge(name, strategy, case, folder)
+            print(f"{case.name}, {name}: {result}", file=sys.stderr, flush=True)
+            if not result.why.startswith("crashed"):
+                write_text(path, json.dumps(asdict(result), ensure_ascii=False))
+    print(report([from_file(path) for path in sorted(KEPT.glob("*.json"))]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
