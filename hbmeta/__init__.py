@@ -7,7 +7,6 @@ from hbmeta.certification import Certificate, certify, certify_task
 from hbmeta.comparison import Comparison, compare
 from hbmeta.diagnosis import Diagnosis, diagnose
 from hbmeta.loading import load
-from hbmeta.standard_errors import standard_errors
 from hbmeta.tasks import Episode, Tasks
 
 __all__ = [
@@ -24,5 +23,4 @@ __all__ = [
     "load",
     "sbc",
     "sbc_adapted",
-    "standard_errors",
 ]

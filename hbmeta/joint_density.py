@@ -22,6 +22,7 @@ from hbmeta.parametrisation import Coordinates
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.staging import Staged, Tier
+from hbmeta.triangular import has_no_factor
 
 __all__ = ["Potential", "check_gradient", "log_density", "pack", "staged_log_density", "unpack"]
 
@@ -49,7 +50,9 @@ class Potential:
         """Log density and gradient; NaN, which samplers reject, where no Cholesky factor exists."""
         try:
             return self.function(vector)
-        except torch.linalg.LinAlgError:
+        except RuntimeError as error:
+            if not has_no_factor(error):
+                raise
             return vector.new_full((), torch.nan), torch.zeros_like(vector)
 
 

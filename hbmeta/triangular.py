@@ -23,9 +23,18 @@ __all__ = [
     "NotPositiveDefinite",
     "cholesky",
     "covariance_factor",
+    "has_no_factor",
     "positive_definite_at",
     "solve_lower",
 ]
+
+
+def has_no_factor(error: RuntimeError) -> bool:
+    """Whether a program's own Cholesky factorisation failed.
+
+    Compiled code raises no LinAlgError, but its text, with a stack of frames.
+    """
+    return str(error).startswith("linalg.cholesky")
 
 
 @contextlib.contextmanager
@@ -41,8 +50,7 @@ def positive_definite_at(where: str, when: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Compiled code raises no LinAlgError, but its text, with a stack of frames.
-        if not str(error).startswith("linalg.cholesky"):
+        if not has_no_factor(error):
             raise
         raise ConvergenceError(
             where,
