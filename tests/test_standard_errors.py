@@ -192,6 +192,22 @@ def test_only_supports_that_start_at_zero_have_that_boundary():
     assert ExactLinear().fit(program, tasks, compile=False).info["at_zero"] == []
 
 
+def test_the_damping_of_the_fit_is_that_of_its_errors():
+    """θ̂ under a δ that was chosen is the maximum of that evidence, as under one that was given."""
+    tasks = groups()
+    given = Laplace(prior=False, damping=2.0).fit(means, tasks, compile=False)
+    assert given.info["damping"] == [2.0] * GROUPS
+    known = standard_errors(given)
+    chosen = Laplace(prior=False).fit(means, tasks, compile=False)
+    assert chosen.info["damping"] == [0.0] * GROUPS
+    chosen.theta.update(given.theta)
+    with pytest.raises(ConvergenceError, match="would still gain"):
+        standard_errors(chosen)
+    chosen.info["damping"] = given.info["damping"]
+    found = standard_errors(chosen)
+    torch.testing.assert_close(found.covariance, known.covariance, rtol=1e-6, atol=0)
+
+
 def test_no_standard_errors_without_a_maximum():
     fitted = Laplace(prior=False).fit(means, groups(), compile=False)
     fitted.theta["mu"] += 0.5
