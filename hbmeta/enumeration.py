@@ -244,7 +244,7 @@ def is_linear_gaussian(problem: Problem, theta: Theta, density: Gaussian, batch:
     tolerance = 1e-9 if problem.dtype == torch.float64 else 1e-4
     for k in range(problem.classes or 0):
         known = replace(batch, y=_all(batch, k, problem))
-        points = [density.loc + k * step for k in (0.0, 1.0, -1.0, 3.0, -3.0)]
+        points = [density.loc + side * step for side in (0.0, 1.0, -1.0, 3.0, -3.0)]
         found = [
             problem.run(theta, problem.sites.from_vector(p), known, with_y=True) for p in points
         ]
@@ -253,8 +253,8 @@ def is_linear_gaussian(problem: Problem, theta: Theta, density: Gaussian, batch:
         scale = sum(m.abs().max() for m, _ in laws) + 1e-12
         prior = _log_prior(found[0].response)
         same = []
-        for k, (m, s), out in zip((-1.0, 3.0, -3.0), laws[2:], found[2:], strict=True):
-            same.append((m0 + k * (m1 - m0) - m).abs().max() / scale)
+        for side, (m, s), out in zip((-1.0, 3.0, -3.0), laws[2:], found[2:], strict=True):
+            same.append((m0 + side * (m1 - m0) - m).abs().max() / scale)
             same.append((s0 - s).abs().max() / s0.abs().max())
             same.append((prior - _log_prior(out.response)).abs().max())
         # The same law at every row of a task: only z itself depends on x.
