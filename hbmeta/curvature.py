@@ -25,6 +25,8 @@ from hbmeta.program import Batch, Theta
 
 # Curvature of f above this share of its magnitude is a saddle's, not the rounding of a flat ridge.
 _UPWARDS = {torch.float64: 1e-6, torch.float32: 1e-4}
+# How far beside a mode f is looked at, in units of its curvature there.
+_NEAR = 1e-2
 
 __all__ = [
     "Expansion",
@@ -119,14 +121,16 @@ def maximise(
     """Newton's method with its own damping for each task (Levenberg–Marquardt).
 
     A start (or a point on the way) without gradient where f curves upwards, such as φ = 0 of
-    y ~ N(φ², s²), is left along the direction of largest curvature, to a side drawn by `seed`.
+    y ~ N(φ², s²), is left along the direction of largest curvature, to a side drawn by `seed`. A
+    kink where f rises and yet its gradient is zero (φ = 0 of y ~ N(relu(φ), s²), as the derivative
+    of relu at 0 is taken to be 0) is left to the side where f is higher.
 
     Args:
         function: as in `gradient_and_hessian`.
         start: (..., tasks, phi_size).
         iterations: at most so many evaluations of the Hessian.
         tolerance: stop where the predicted gain ½ gᵀ(−H)⁻¹g is below it, in nats.
-        seed: of the side to which a saddle is left.
+        seed: of the side to which a saddle is left, and of where f is looked at beside a mode.
         derivatives: φ to f, its gradient and its Hessian, where they are to be had faster than by
             `gradient_and_hessian` (staged).
     Returns:
@@ -137,6 +141,7 @@ def maximise(
     identity = torch.eye(size, dtype=phi.dtype, device=phi.device)
     damping = torch.full(phi.shape[:-1], 0.0, dtype=phi.dtype, device=phi.device)
     done = torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device)
+    moved = False
     for _ in range(iterations):
         found = gradient_and_hessian(function, phi) if derivatives is None else derivatives(phi)
         value, gradient, hessian = found
@@ -157,7 +162,12 @@ def maximise(
         done = (gain.abs() < tolerance) & (floor == 0)
         if bool(done.all()):
             # The last step costs nothing and makes a quadratic exact.
-            return torch.where(torch.isfinite(step), phi + step, phi), done
+            phi = torch.where(torch.isfinite(step), phi + step, phi)
+            beside, rises = _beside(function, phi, magnitude, tolerance, seed)
+            if moved or not bool(rises.any()):
+                return phi, done & ~rises
+            phi, moved = beside, True
+            continue
         stuck = (gain.abs() < tolerance) & (smallest < -_UPWARDS[phi.dtype] * magnitude)
         if bool(stuck.any()):
             step = torch.where(stuck.unsqueeze(-1), _upwards(precision, damping, seed), step)
@@ -168,6 +178,28 @@ def maximise(
         damping = torch.where(better, total * 0.1, torch.maximum(total * 10, 1e-3 * magnitude))
         damping = torch.where(damping < 1e-9 * magnitude, 0.0 * damping, damping)
     return phi, done
+
+
+def _beside(
+    function: Callable[[Tensor], Tensor],
+    phi: Tensor,
+    magnitude: Tensor,
+    tolerance: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """A point near φ where f is higher, and (..., tasks) whether there is one.
+
+    At a mode f falls to both sides, whatever its gradient and Hessian (a kink has more than one).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(phi.shape, generator=generator, dtype=torch.float64).to(phi)
+    step = _NEAR * magnitude.rsqrt().unsqueeze(-1) * direction
+    with torch.no_grad():
+        here, there, back = (function(point) for point in (phi, phi + step, phi - step))
+    rounding = 100 * torch.finfo(phi.dtype).eps * (1 + here.abs())
+    rises = torch.maximum(there, back) > here + 10 * tolerance + rounding
+    step = torch.where((there > back).unsqueeze(-1), step, -step)
+    return torch.where(rises.unsqueeze(-1), phi + step, phi), rises
 
 
 def leave_saddle(function: Callable[[Tensor], Tensor], phi: Tensor, *, seed: int = 0) -> Tensor:

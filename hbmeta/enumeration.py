@@ -229,8 +229,8 @@ def _moments(law: Any) -> tuple[Tensor, Tensor]:
 def is_linear_gaussian(problem: Problem, theta: Theta, density: Gaussian, batch: Batch) -> bool:
     """Whether z given y is one vector, Normal with a mean linear in φ and the same at every row.
 
-    Tested, not declared: the mean of z is compared at probes of φ and at the rows of each task, and
-    p(y | φ) and the spread of z must not move with φ.
+    Tested, not declared: the mean of z is compared at probes to both sides of φ̂ and at the rows of
+    each task, and p(y | φ) and the spread of z must not move with φ.
     """
     others = [s for s in problem.sites.observed if s.name != problem.sites.response]
     if len(others) != 1 or others[0].family != "Normal" or len(others[0].shape) != 1:
@@ -238,21 +238,25 @@ def is_linear_gaussian(problem: Problem, theta: Theta, density: Gaussian, batch:
     name = others[0].name
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(density.loc.shape, generator=generator, dtype=torch.float64)
-    step = (1.0 + noise).to(density.loc)
+    # At least a standard deviation in every whitened direction.
+    noise = noise + noise.sign()
+    step = density.draw(noise.to(density.loc)[None])[0] - density.loc
     tolerance = 1e-9 if problem.dtype == torch.float64 else 1e-4
     for k in range(problem.classes or 0):
         known = replace(batch, y=_all(batch, k, problem))
-        points = [density.loc, density.loc + step, density.loc + 3.0 * step]
+        points = [density.loc + side * step for side in (0.0, 1.0, -1.0, 3.0, -3.0)]
         found = [
             problem.run(theta, problem.sites.from_vector(p), known, with_y=True) for p in points
         ]
-        (m0, s0), (m1, _), (m3, s3) = (_moments(out.observed[name][0]) for out in found)
-        scale = m0.abs().max() + m3.abs().max() + 1e-12
-        same = [
-            (m0 + 3.0 * (m1 - m0) - m3).abs().max() / scale,
-            (s0 - s3).abs().max() / s0.abs().max(),
-            (_log_prior(found[0].response) - _log_prior(found[2].response)).abs().max(),
-        ]
+        laws = [_moments(out.observed[name][0]) for out in found]
+        (m0, s0), (m1, _), _, (m3, s3), _ = laws
+        scale = sum(m.abs().max() for m, _ in laws) + 1e-12
+        prior = _log_prior(found[0].response)
+        same = []
+        for side, (m, s), out in zip((-1.0, 3.0, -3.0), laws[2:], found[2:], strict=True):
+            same.append((m0 + side * (m1 - m0) - m).abs().max() / scale)
+            same.append((s0 - s).abs().max() / s0.abs().max())
+            same.append((prior - _log_prior(out.response)).abs().max())
         # The same law at every row of a task: only z itself depends on x.
         first = m3[:, :1] if batch.task is None else m3[_first_of(batch)][batch.task]
         same.append((m3 - first).abs().max() / scale)

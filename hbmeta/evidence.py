@@ -2,7 +2,8 @@
 
 The evidence comes as a function of θ (in closed form, by quadrature, …); L-BFGS moves θ in units of
 its prior's scale. A variance between tasks whose estimate is zero (a real case: Gelman et al.,
-BDA3, §5.4) is named in a warning.
+BDA3, §5.4) is named in a warning. That is asked of every level-1 site whose support starts at zero,
+whatever its prior.
 """
 
 from __future__ import annotations
@@ -10,21 +11,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import IndependentTransform
 
 from hbmeta.optimisation import Minimum, minimise
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.training import Learned, Options, prior_scales
 
-# A scale is reported as zero where it fell this far below where it started, its prior's, and a
-# tenth of it would change the evidence by less than so many nats: under a wide prior a small
-# scale is no zero.
-_AT_ZERO = 1e-3
+# A scale is reported as zero where it fell below this share of where it started, its prior's, and a
+# tenth of it would have no lower evidence (to rounding), nor one higher by so many nats: under a
+# wide prior a small scale is no zero.
+_AT_ZERO = 1e-2
 _FLAT = 0.05
-_POSITIVE = ("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "LogNormal")
 
 # A slope of this many nats per row is no rounding.
 _STEEP = 1e-3
@@ -98,7 +100,7 @@ def maximise_evidence(
     theta = {name: value.detach() for name, value in unpack(found.point).items()}
     warn_of_search(found, where)
     value = total(theta)
-    at_zero = _at_zero(problem, theta, start, value, total)
+    at_zero = _at_zero(problem, batch, theta, start, value, total)
     if at_zero:
         warnings.warn(
             f"{where}: the estimate of {', '.join(at_zero)} is zero: the data show no variation "
@@ -154,6 +156,7 @@ def warn_of_search(found: Minimum, where: str) -> None:
 
 def _at_zero(
     problem: Problem,
+    batch: Batch,
     theta: Theta,
     start: Theta,
     value: float,
@@ -161,15 +164,36 @@ def _at_zero(
 ) -> list[str]:
     """Positive level-1 sites that fell so far that the evidence does not feel them any more."""
     found = []
+    with torch.no_grad():
+        transforms = problem.run(theta, {}, batch, with_y=False).transforms
     for site in problem.sites.globals:
-        if site.family not in _POSITIVE:
+        transform, here = transforms[site.name], theta[site.name]
+        if site.real or not _starts_at_zero(transform, here):
             continue
-        here = theta[site.name]
-        fallen = here - start[site.name] < math.log(_AT_ZERO)
+        size = transform(here)
+        fallen = size < _AT_ZERO * transform(start[site.name])
         if not bool(fallen.any()):
             continue
-        lower = {**theta, site.name: torch.where(fallen, here - math.log(10.0), here)}
+        lower = {**theta, site.name: torch.where(fallen, transform.inv(0.1 * size), here)}
+        gain = total(lower) - value
+        rounding = 1e-6 + torch.finfo(here.dtype).eps ** 0.5 * abs(value)
         # NaN, at a scale that rounding swallows, is no difference either.
-        if not abs(total(lower) - value) > _FLAT:
+        if not (gain < -rounding or gain > _FLAT):
             found.append(site.name)
     return found
+
+
+def _starts_at_zero(transform: Any, unconstrained: Tensor) -> bool:
+    """Whether every entry of a site goes to zero, and by itself, with its unconstrained one.
+
+    So does exp, and the sigmoid of an interval (0, b); the simplex and matrices do not.
+    """
+    entry = transform
+    while isinstance(entry, IndependentTransform):
+        entry = entry.base_transform
+    if entry.domain.event_dim:
+        return False
+    lowest = transform(torch.full_like(unconstrained, -math.inf))
+    middle = transform(torch.zeros_like(unconstrained))
+    # A sigmoid stops at the smallest normal number.
+    return bool((lowest.abs() <= torch.finfo(lowest.dtype).eps ** 2 * middle).all())

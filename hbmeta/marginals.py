@@ -279,12 +279,12 @@ def _shape_of(
 ) -> _Shape:
     """The posterior of a single task: exact where it can be, else draws."""
     if isinstance(one.density, Gaussian):
-        phi, mix = probes(one.density)
+        phi, steps = probes(one.density)
         with torch.no_grad():
             batch = one.problem.batch(one.support)
             found = one.problem.particle_values(one.theta, False, phi, batch)[site]
         value = found.expand(len(phi), *found.shape[1:]).reshape(len(phi), -1)[:, [*coordinates]]
-        columns = linear_columns(value, mix)
+        columns = linear_columns(value, steps)
         if columns is not None:
             a = columns.double().cpu().numpy()
             return _Shape(value[0].double().cpu().numpy(), a.T @ a)

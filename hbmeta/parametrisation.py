@@ -19,7 +19,9 @@ The measure of that is how much of the prior's variance the data remove. With H 
 and in a Gaussian hierarchy a Gibbs sampler of θ and φ converges at rate 1 − λ centered and λ
 non-centered: the coordinate is φ where λ < ½. Here λ is averaged over draws (θ, φ) of a short
 pilot, and a site is centered where that holds in every task: a single task that is centered with
-few points keeps the funnel of the scale for all. (Choosing task by task gained a factor of 1.5 on
+few points keeps the funnel of the scale for all. Above 64 parameters per task, where a dense H is
+too much, the coordinate is ε: with much data it is slow, but φ with little has the funnel, and with
+it draws that are wrong. (Choosing task by task gained a factor of 1.5 on
 radon with one seed, and gave hundreds of divergences on other programs whose scale can reach 0.)
 
 References:
@@ -215,7 +217,7 @@ class Coordinates:
                 found=families or "no task parameters",
                 do='Leave parametrisation out, or pass "as written".',
             )
-        if not sites or (choice == "auto" and problem.sites.phi_size > _DENSE_LIMIT):
+        if not sites:
             return None
         shape = (batch.n_tasks, len(sites))
         full = torch.full(shape, float(choice == "centered"), dtype=problem.dtype)
@@ -276,6 +278,11 @@ class Coordinates:
     @property
     def _nested(self) -> bool:
         return self.problem.layout == "nested"
+
+    @property
+    def measurable(self) -> bool:
+        """Whether φ is small enough for `choose`."""
+        return self.problem.sites.phi_size <= _DENSE_LIMIT
 
     def choose(self, theta: Theta, drawn: bool, coordinates: Tensor, batch: Batch) -> None:
         """Takes the better choice per site, from draws with all sites non-centered.

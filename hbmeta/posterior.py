@@ -211,13 +211,13 @@ class TaskPosterior:
     def _linear_moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         if not isinstance(self.density, Gaussian) or self.density.loc.shape[-1] > 64:
             return {}
-        phi, mix = probes(self.density)
+        phi, steps = probes(self.density)
         batch = self.problem.batch(self.support)
         found = self.problem.particle_values(self.theta, False, phi, batch)
         out = {}
         for site in self._local_sites:
             value = found[site.name].expand(phi.shape[0], len(self.ids), *site.shape)
-            columns = linear_columns(value, mix)
+            columns = linear_columns(value, steps)
             if columns is not None:
                 out[site.name] = (value[0], columns.square().sum(0).sqrt())
         return out

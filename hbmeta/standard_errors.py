@@ -219,7 +219,10 @@ def _evidence(fitted: Fitted, theta: Theta, batch: Batch, modes: Tensor | None) 
             problem, theta, batch, modes, tolerance=laplace.tolerance,
             iterations=laplace.iterations,
         )  # fmt: skip
-        damping = torch.full_like(modes[:, 0], laplace.damping or 0.0)
+        # That of the fit, chosen or given: θ̂ is the maximum of this evidence and of no other.
+        held = fitted.info.get("damping") or laplace.damping or 0.0
+        damping = torch.as_tensor(held, dtype=modes.dtype, device=modes.device)
+        damping = damping.expand(modes.shape[:1])
         return total_evidence(problem, theta, found.point, batch, damping, laplace.curvature)
     if isinstance(strategy, Quadrature):
         density = strategy.posterior(problem, theta, None, batch)

@@ -191,6 +191,42 @@ def test_a_start_without_gradient_is_left(dtype):
     assert torch.equal(point, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_kink_whose_gradient_is_zero_is_left(dtype):
+    """f = −φ²/2 − (y − relu φ)² / 2 from φ = 0, where autograd's relu'(0) = 0: the mode is y/2.
+
+    For y < 0 it is 0 indeed, and so it is of −|φ| − φ²/2, a kink that is a maximum.
+    """
+    y = torch.tensor([3.0, 0.5, -2.0], dtype=dtype)
+
+    def bent(phi):
+        return -0.5 * phi[..., 0].square() - 0.5 * (y - phi[..., 0].relu()).square()
+
+    point, converged = maximise(bent, torch.zeros(3, 1, dtype=dtype))
+    assert bool(converged.all())
+    torch.testing.assert_close(point[:, 0], (y / 2).clamp_min(0.0))
+
+    def peak(phi):
+        return -phi[..., 0].abs() - 0.5 * phi[..., 0].square()
+
+    point, converged = maximise(peak, torch.zeros(2, 1, dtype=dtype))
+    assert bool(converged.all())
+    assert bool((point == 0).all())
+
+
+def test_a_kink_that_is_not_left_is_no_mode():
+    """−φ²/2 + |φ| − |φ|³: its derivative at 0 is taken to be 0 wherever φ is below a thousandth."""
+
+    def blind(phi):
+        seen = torch.where(phi.abs() < 0.1, phi.detach(), phi)
+        return (phi.detach().abs() - phi.detach().abs() ** 3 - 0.5 * seen.square())[..., 0] - (
+            0.5 * (phi - phi.detach()).square()[..., 0]
+        )
+
+    _, converged = maximise(blind, torch.zeros(2, 1, dtype=torch.float64))
+    assert not bool(converged.any())
+
+
 def test_leaving_a_saddle_leaves_maxima_and_flat_ridges_alone():
     moved = leave_saddle(two_wells, torch.zeros(3, 2, dtype=torch.float64))
     assert float(two_wells(moved).sum()) > float(two_wells(torch.zeros(3, 2)).sum())

@@ -232,6 +232,8 @@ def single_label(law):
     [
         (lambda m, x: dist.Normal(m, 0.8).to_event(1), True),
         (lambda m, x: dist.Normal(m.tanh(), 0.8).to_event(1), False),
+        (lambda m, x: dist.Normal(m.clamp(min=-1.5), 0.8).to_event(1), False),
+        (lambda m, x: dist.Normal(m.clamp(max=1.5), 0.8).to_event(1), False),
         (lambda m, x: dist.Normal(m, m.exp()).to_event(1), False),
         (lambda m, x: dist.Normal(m * x, 0.8).to_event(1), False),
         (lambda m, x: dist.Normal(m, 1 + x.abs()).to_event(1), False),

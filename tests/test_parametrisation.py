@@ -1,6 +1,7 @@
 """Coordinates of a sampler against formulas written out, dense Jacobians and exact posteriors."""
 
 import math
+import warnings
 
 import numpy as np
 import pyro
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from hbmeta import joint_density, load, parametrisation
-from hbmeta.inference import NUTS
+from hbmeta.inference import NUTS, Pathfinder
 from hbmeta.inference.nuts import trouble
 from hbmeta.parametrisation import Coordinates, choosable_sites
 from hbmeta.problem import Problem
@@ -243,6 +244,27 @@ def test_auto_chooses_by_what_the_data_say(counts, spread, expected):
     strategy = NUTS(draws=20, warmup=80, chains=2, max_tree_depth=4, processes=1)
     fitted = strategy.fit(intercepts, tasks, compile="graph", seed=0)
     assert fitted.info["parametrisation"] == {"alpha": expected}
+
+
+def test_many_parameters_are_moved_non_centered():
+    """Above 64 the measure is too large, and a centered scale has a funnel and no joint mode."""
+
+    def wide(x, y=None):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("task", x.shape[0], dim=-2):
+            w = pyro.sample("w", dist.Normal(torch.zeros(65), tau).to_event(1))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", dist.Normal(w.mean(-1), 1.0), obs=y)
+
+    tasks = Tasks(np.zeros((2, 1, 1)), np.ones((2, 1)))
+    for strategy in (
+        NUTS(draws=4, warmup=4, chains=1, max_tree_depth=3),
+        Pathfinder(paths=1, draws=100),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of draws this few
+            found = strategy.fit(wide, tasks, compile="graph", progress=False)
+        assert found.info["parametrisation"] == {"w": "non-centered"}
 
 
 @pytest.mark.filterwarnings("ignore:NUTS. ")

@@ -332,6 +332,52 @@ def test_linear_gaussian_predictions_are_exact(name):
         assert float(joint[i]) == pytest.approx(expected, rel=1e-10)
 
 
+BENT = {
+    "clamp": lambda z: z.clamp(min=0.0),
+    "from below": lambda z: z.clamp(max=0.0),
+    "absolute": torch.abs,
+    "dead zone": lambda z: z - z.clamp(-1.0, 1.0),
+    "beyond three": lambda z: z.clamp(min=-3.0),
+}
+
+
+@pytest.mark.parametrize("bend", BENT)
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_bend_on_either_side_is_no_line(bend, size):
+    """A function that is linear to one side of φ̂ has moments and predictions from draws."""
+
+    def program(x, y=None):
+        with pyro.plate("task", x.shape[0], dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+            effect = pyro.deterministic("effect", BENT[bend](z.sum(-1) / size**0.5))
+            pyro.deterministic("line", 2.0 * z.sum(-1))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", dist.Normal(effect, 0.5), obs=y)
+
+    tasks = Tasks(np.zeros((2, 1, 1)), np.zeros((2, 1)))
+    loc = torch.tensor([[0.3], [0.6]], dtype=torch.float64).expand(2, size) / size**0.5
+    posterior = TaskPosterior(
+        Problem(program, tasks), {}, Gaussian(loc, torch.ones_like(loc)), tasks
+    )
+    # E and sd of bend(N(m, 1)) by a fine sum.
+    grid = torch.linspace(-9.0, 9.0, 100_001, dtype=torch.float64)
+    weight = torch.exp(-0.5 * grid.square())
+    weight = weight / weight.sum()
+    bent = BENT[bend](torch.tensor([[0.3], [0.6]], dtype=torch.float64) + grid)
+    mean = (weight * bent).sum(-1)
+    sd = ((weight * bent.square()).sum(-1) - mean.square()).sqrt()
+    n = 20_000
+    moments = posterior.moments(n)
+    # 2 means at 5 standard errors; sds to 5 %, at least 4 of their standard errors.
+    assert bool(((moments["effect"][0] - mean).abs() < 5 * sd / n**0.5).all())
+    torch.testing.assert_close(moments["effect"][1], sd, rtol=0.05, atol=0)
+    predictive = posterior.predict(torch.zeros(2, 1, 1), draws=n)
+    assert predictive.n_draws == n
+    assert bool(((predictive.mean[:, 0] - mean).abs() < 5 * sd / n**0.5).all())
+    # What is a line beside it stays exact.
+    torch.testing.assert_close(moments["line"][0], 2.0 * loc.sum(-1))
+
+
 def test_exact_predictions_agree_with_the_mixture_of_draws(monkeypatch):
     posterior, _ = linear()
     tasks = query()

@@ -139,6 +139,75 @@ def test_no_standard_errors_at_a_boundary():
         standard_errors(fitted)
 
 
+SCALES = {
+    "uniform": lambda: dist.Uniform(0.0, 20.0),
+    "weibull": lambda: dist.Weibull(5.0, 2.0),
+    "chi2": lambda: dist.Chi2(3.0),
+    "folded": lambda: dist.FoldedDistribution(dist.StudentT(3.0, 0.0, 5.0)),
+    "vector": lambda: dist.Uniform(0.0, 20.0).expand([1]).to_event(1),
+}
+
+
+def schools(prior):
+    def program(x, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", SCALES[prior]()).sum()
+        with pyro.plate("task", x.shape[0], dim=-2):
+            effect = pyro.sample("effect", dist.Normal(mu, tau))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", dist.Normal(effect, x[..., 0]), obs=y)
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("strategy", "prior"),
+    [
+        (ExactLinear(), "uniform"),
+        (Laplace(prior=False), "uniform"),
+        (Quadrature(), "uniform"),
+        *((ExactLinear(), prior) for prior in SCALES if prior != "uniform"),
+    ],
+)
+def test_a_scale_at_zero_is_named_whatever_its_prior(strategy, prior):
+    """Eight schools, whose estimate of the scale between schools is zero (BDA3, §5.5)."""
+    with pytest.warns(UserWarning, match="the estimate of tau is zero"):
+        fitted = strategy.fit(schools(prior), case("eight_schools").tasks, compile=False)
+    with pytest.raises(UnsupportedModelError, match="the estimate of tau at zero, the boundary"):
+        standard_errors(fitted)
+
+
+def test_only_supports_that_start_at_zero_have_that_boundary():
+    """A lower end elsewhere, however near the estimate, is no variance of zero; nor is a share."""
+
+    def program(x, y=None):
+        low = pyro.sample("low", dist.Uniform(-1.0, 1.0))
+        share = pyro.sample("share", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("task", x.shape[0], dim=-2):
+            z = pyro.sample("z", dist.Normal(low + share[..., 0], 1.0))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", dist.Normal(z, NOISE), obs=y)
+
+    tasks = Tasks(np.zeros((4, 2, 1)), np.full((4, 2), -9.0))
+    assert ExactLinear().fit(program, tasks, compile=False).info["at_zero"] == []
+
+
+def test_the_damping_of_the_fit_is_that_of_its_errors():
+    """θ̂ under a δ that was chosen is the maximum of that evidence, as under one that was given."""
+    tasks = groups()
+    given = Laplace(prior=False, damping=2.0).fit(means, tasks, compile=False)
+    assert given.info["damping"] == [2.0] * GROUPS
+    known = standard_errors(given)
+    chosen = Laplace(prior=False).fit(means, tasks, compile=False)
+    assert chosen.info["damping"] == [0.0] * GROUPS
+    chosen.theta.update(given.theta)
+    with pytest.raises(ConvergenceError, match="would still gain"):
+        standard_errors(chosen)
+    chosen.info["damping"] = given.info["damping"]
+    found = standard_errors(chosen)
+    torch.testing.assert_close(found.covariance, known.covariance, rtol=1e-6, atol=0)
+
+
 def test_no_standard_errors_without_a_maximum():
     fitted = Laplace(prior=False).fit(means, groups(), compile=False)
     fitted.theta["mu"] += 0.5

@@ -90,7 +90,7 @@ class Laplace(Strategy):
         damping: δ, of Λ + δI. None: 0 where Λ is positive definite, and where it is not (no mode
             was found, or none is there) what gives its lowest direction the prior's largest
             variance; such tasks stand in info["damping"] and in a warning. A number holds for all
-            tasks; with 0 such tasks raise.
+            tasks; with 0 such tasks raise. A fit holds what it chose at its first θ.
         prior: add log p(θ) to the evidence, with the Jacobian of unconstrained space; θ that is
             trained (above 64 parameters per task) always has it.
         tolerance: in nats: a search for a mode ends where one more Newton step would gain less
@@ -245,6 +245,7 @@ class Laplace(Strategy):
             beside=search,
         )
         found.info["modes_missed"] = search.missed()
+        found.info["damping"] = [] if search.damping is None else search.damping.tolist()
         found.seconds_staging += search.seconds_staging
         return found
 

@@ -68,8 +68,9 @@ class NUTS(Strategy):
             default. The draws do not depend on it.
         parametrisation: what the chains move in at local sites φ = m + s ε of a location-scale
             family whose m or s depends on θ: φ ("centered"), ε ("non-centered"), or the better of
-            the two, per site, by a short pilot ("auto"). "as written" moves the program's
-            own sites. Draws are always of φ; `info["parametrisation"]` says what was used.
+            the two, per site, by a short pilot ("auto"; above 64 parameters per task ε, without
+            a pilot). "as written" moves the program's own sites. Draws are always of φ;
+            `info["parametrisation"]` says what was used.
         initial: where chains start: "spread" within 1 of the priors' locations in unconstrained
             space, or at draws of "pathfinder" (`hbmeta.pathfinder`), where the posterior is far
             from there or the warm-up short.
@@ -149,7 +150,7 @@ class NUTS(Strategy):
             processes=1 if problem.device.type != "cpu" else self.processes,
             where=f"{self.name}.fit",
         )
-        if coordinates is not None and self.parametrisation == "auto":
+        if coordinates is not None and self.parametrisation == "auto" and coordinates.measurable:
             pilot = run(
                 starts[:2],
                 draws=min(self.draws, _PILOT_DRAWS),

@@ -11,7 +11,7 @@ stationary covariance solves P = A P Aᵀ + Q. With E zv = ½ E v², which E z'�
 
     Var z = 1 / (λ (1 − h²λ / (4 − 2α))),
 
-too large by h²λ / (4 − 2α). α = 1 forgets v and is SGLD with ε = 2h².
+too large by h²λ / (4 − 2α), λ ≤ 1 in every direction. α = 1 forgets v and is SGLD with ε = 2h².
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SGHMC(StochasticGradientStrategy):
     """Langevin chains of φ with momentum, which cross correlated posteriors faster than `SGLD`.
 
     Keeps p(θ) at its mode, p(φ | θ) and p(y | φ, θ); holds θ at a point, as SGLD does. Exact for
-    Gaussian posteriors up to the factor 1 / (1 − h² / (4 − 2γh)) of the variance (2.7 % at the
-    defaults), which mini-batches raise: their noise is not estimated and taken off.
+    Gaussian posteriors up to a factor of the variance of at most 1 / (1 − h² / (4 − 2γh)) (2.7 % at
+    the defaults), which mini-batches raise: their noise is not estimated and taken off.
 
     Args:
         step_size: h.

@@ -1,13 +1,14 @@
 """Stochastic-gradient Langevin dynamics within a task.
 
 Model: φ_i ~ p(φ | θ), y_ij ~ p(y | φ_i, θ), θ at a point.
-Estimator: in units z = φ / d with d = |diag H|^(−1/2) (`task_chains`), g a mini-batch's gradient of
-log p(S_i, φ | θ) in z, and ξ ~ N(0, I),
+Estimator: in units z = φ / d in which no curvature is above 1 (`task_chains`), g a mini-batch's
+gradient of log p(S_i, φ | θ) in z, and ξ ~ N(0, I),
 
     z' = z + (ε/2) g + √ε ξ.
 
 Bias: for a Gaussian target of precision λ in z, z' = (1 − ελ/2) z + √ε ξ, whose stationary variance
-ε / (1 − (1 − ελ/2)²) = 1 / (λ (1 − ελ/4)) is too large by ελ/4. Mini-batches whose gradient has
+ε / (1 − (1 − ελ/2)²) = 1 / (λ (1 − ελ/4)) is too large by ελ/4, with λ ≤ 1 in every direction, so
+that correlation makes no bias larger; ελ ≥ 4 has no stationary law. Mini-batches whose gradient has
 variance V add ε²V/4 to the noise, so that it is (1 + εV/4) / (λ (1 − ελ/4)).
 """
 
@@ -30,8 +31,9 @@ class SGLD(StochasticGradientStrategy):
 
     Keeps p(θ) at its mode, p(φ | θ) and p(y | φ, θ); holds θ at a point, at the maximum of
     log p(y | θ) + log p(θ) by Fisher's identity along the chains. Exact for Gaussian posteriors up
-    to the factor 1 / (1 − ε/4) of the variance (2.6 % at the default), which mini-batches raise;
-    `rows` trades that for gradients of fewer rows.
+    to a factor of the variance of at most 1 / (1 − ε/4) (2.6 % at the default), which mini-batches
+    raise; `rows` trades that for gradients of fewer rows. Correlation costs transitions: a
+    direction of curvature λ in z is crossed in about 2/(ελ) of them.
 
     Args: those of `StochasticGradientStrategy`; step_size is ε.
 

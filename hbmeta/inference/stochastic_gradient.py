@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from hbmeta.densities import Density, Empirical
-from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.feeding import Needs
 from hbmeta.inference.strategy import Strategy
 from hbmeta.inference.task_chains import State, TaskChains
@@ -49,6 +49,9 @@ _LIMIT = 10.0
 # Split R̂ above this is warned of; chains of correlated draws rarely get below NUTS's 1.01.
 _WORST_R_HAT = 1.05
 
+# No posterior of a curvature that is of any use is so many units of it wide.
+_FAR = 1e6
+
 __all__ = ["StochasticGradientStrategy"]
 
 
@@ -57,7 +60,7 @@ class StochasticGradientStrategy(Strategy):
     """Draws of φ by stochastic-gradient MCMC; see the module's docstring and the members.
 
     Args:
-        step_size: in units in which the curvature of every parameter is 1.
+        step_size: in units in which the largest curvature of a task is 1.
         draws: kept per chain.
         warmup: transitions before them.
         thin: transitions per draw.
@@ -153,14 +156,15 @@ class StochasticGradientStrategy(Strategy):
 
     def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Density:
         """Draws of all chains, one after the other (chains · draws, tasks, phi_size)."""
-        return Empirical(self._draws(problem, theta, support, seed=0).flatten(0, 1))
+        return Empirical(self._draws(problem, theta, support, seed=0)[0].flatten(0, 1))
 
     def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
         """Draws of φ at the fitted θ; the info holds r_hat and ess_bulk, (tasks, phi_size)."""
         problem: Problem = fitted.problem
-        found = self._draws(problem, fitted.theta, problem.batch(support), seed=seed)
+        found, scale = self._draws(problem, fitted.theta, problem.batch(support), seed=seed)
         density = Empirical(found.flatten(0, 1))
         self._check_finite(density, support)
+        self._check_near(found, scale, support)
         info = _mixing(found)
         self._warn(info, support)
         return TaskPosterior(
@@ -173,8 +177,10 @@ class StochasticGradientStrategy(Strategy):
             units=fitted.units,
         )
 
-    def _draws(self, problem: Problem, theta: Theta, batch: Batch, *, seed: int) -> Tensor:
-        """(chains, draws, tasks, phi_size)."""
+    def _draws(
+        self, problem: Problem, theta: Theta, batch: Batch, *, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """(chains, draws, tasks, phi_size), and the d that they were drawn with."""
         theta = {name: value.detach() for name, value in theta.items()}
         moves = self.warmup + self.draws * self.thin
         chains = TaskChains(
@@ -200,7 +206,21 @@ class StochasticGradientStrategy(Strategy):
             state = chains.step(theta, state, scale, draw())
             if (number + 1) % self.thin == 0:
                 kept[:, number // self.thin] = state[0]
-        return kept
+        return kept, scale
+
+    def _check_near(self, draws: Tensor, scale: Tensor, support: Tasks) -> None:
+        """Raises where a step of this size has no stationary law: draws double and double again."""
+        reach = ((draws - draws[:, :1].mean(0)) / scale).abs().amax((0, 1, 3))
+        if bool((reach > _FAR).any()):
+            named = support.ids[int(reach.argmax())]
+            raise ConvergenceError(
+                self.name,
+                needed="chains that stay where the posterior is",
+                found=f"draws of task {named!r} up to {float(reach.max()):.2g} units of its "
+                "curvature apart",
+                do=f"Lower step_size (now {self.step_size:g})"
+                + ("." if self.rows is None else ", or raise rows."),
+            )
 
     def _warn(self, info: Mapping[str, Tensor], support: Tasks) -> None:
         r_hat = info.get("r_hat")

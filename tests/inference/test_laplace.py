@@ -327,6 +327,26 @@ def squares():
                  ids=["a", "b", "c"])  # fmt: skip
 
 
+def test_a_start_at_a_kink_is_no_mode():
+    """y ~ N(relu φ, 0.5²), φ ~ N(μ, 1), μ ~ N(0, 2²) starts at φ = 0, where relu' is taken as 0."""
+
+    def program(x, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("task", x.shape[0], dim=-2):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                return pyro.sample("y", dist.Normal(z.relu(), 0.5), obs=y)
+
+    tasks = squares()
+    fitted = Laplace().fit(program, tasks, compile=False)
+    assert fitted.info["modes_missed"] == []
+    mu = float(fitted.theta["mu"])
+    # On the side of the data, φ̂ (1 + n/s²) = μ + Σ y / s², n = 2.
+    expected = (mu + tasks.y.sum(-1) / 0.25) / 9.0
+    torch.testing.assert_close(fitted.adapt(tasks).density.loc[:, 0], expected)
+    assert mu > 0.3
+
+
 def at_zero():
     """Points φ = 0, where MAML without steps leaves them."""
     return MAML(steps=0).fit(squared, squares(), steps=1, compile=False)
