@@ -173,6 +173,7 @@ class Strategy(abc.ABC):
             seed: of everything random; the caller's random state is left alone.
             device: where to run; the device of the data by default.
             compile: "auto" lets the length of the fit decide; True, False, or a tier's name.
+                `adapt` keeps to it; True leaves its searches to "auto".
             checkpoint: file to resume an interrupted fit from, and to write to on the way.
             progress: show progress; by default where standard error is a terminal.
         Returns:
@@ -219,6 +220,8 @@ class Strategy(abc.ABC):
                 found="one group",
                 do="Use NoPooling or NUTS for a single group.",
             )
+        # Whether a compilation pays in `adapt`, the length of its own searches decides.
+        problem.tier = "auto" if tier == "compiled" else tier
         self._check_precision(problem)
         self.check_levels(problem)
         self.check(problem)
