@@ -37,6 +37,7 @@ from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Program, Theta
 from hbmeta.staging import tier_of
+from hbmeta.starts import require_finite_start
 from hbmeta.tasks import Tasks, TaskSet
 from hbmeta.tasks.checks import check_seed
 from hbmeta.training import Learned, MetaGradient, Options, train
@@ -181,7 +182,8 @@ class Strategy(abc.ABC):
         Raises:
             UnsupportedModelError: the strategy makes no sense for this program.
             DataError, ProgramError: the data or the program cannot be used.
-            ConvergenceError: the loss became infinite or NaN.
+            ConvergenceError: the program's density is not finite where a fit starts, or the loss
+                became infinite or NaN.
         """
         start = time.perf_counter()
         where = f"{self.name}.fit"
@@ -225,6 +227,7 @@ class Strategy(abc.ABC):
         self._check_precision(problem)
         self.check_levels(problem)
         self.check(problem)
+        require_finite_start(problem, known, where)
         options = Options(
             steps=steps, tasks_per_step=tasks_per_step, learning_rate=learning_rate,
             theta_learning_rate=theta_learning_rate, decay=decay, seed=seed, tier=tier,
