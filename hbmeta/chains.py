@@ -13,7 +13,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-import traceback
 import types
 import warnings
 from collections.abc import Callable
@@ -115,7 +114,11 @@ def run_chains(
         _in_threads(log_density, native, starts, settings, limit, shared, bar)
     elif limit == 1 or not can_fork:
         for chain in range(chains):
-            one(chain)
+            try:
+                one(chain)
+            except Exception as error:
+                shared.fail(chain, error)
+                break
             bar.update(warmup + draws)
     else:
         _fork(one, chains, limit, shared, bar)
@@ -151,14 +154,16 @@ class _Shared:
         self.state = torch.zeros(chains, dtype=torch.int64).share_memory_()
         self.text = torch.zeros(chains, 2000, dtype=torch.uint8).share_memory_()
 
-    def fail(self, chain: int, message: str) -> None:
-        raw = message.encode()[-2000:]
+    def fail(self, chain: int, error: BaseException) -> None:
+        # What the sampler says, without the stack of its own language.
+        said = f"{type(error).__name__}: {error}".partition("Stack backtrace")[0]
+        raw = " ".join(said.split()).encode()[:2000]
         self.text[chain, : len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         self.state[chain] = -1
 
     def message(self, chain: int) -> str:
-        raw = bytes(self.text[chain].tolist()).rstrip(b"\0").decode(errors="replace")
-        return raw.strip().splitlines()[-1] if raw.strip() else "its process ended without a word"
+        said = bytes(self.text[chain].tolist()).rstrip(b"\0").decode(errors="replace")
+        return said or "its process ended without a word"
 
 
 def _fork(one: Callable[[int], None], chains: int, limit: int, shared: _Shared, bar: Any) -> None:
@@ -170,8 +175,8 @@ def _fork(one: Callable[[int], None], chains: int, limit: int, shared: _Shared, 
         torch.set_num_threads(1)
         try:
             one(chain)
-        except BaseException:
-            shared.fail(chain, traceback.format_exc(limit=1))
+        except BaseException as error:
+            shared.fail(chain, error)
         os._exit(0)
 
     try:
@@ -224,7 +229,7 @@ def _in_threads(
                     shared.done[chain] = density.kept
                     continue
                 except Exception as error:
-                    shared.fail(chain, str(error))
+                    shared.fail(chain, error)
                 else:
                     _take(trace, shared, chain, settings)
                 del running[chain]

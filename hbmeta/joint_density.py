@@ -106,10 +106,13 @@ def staged_log_density(
     tier: Tier,
     expected_calls: int,
     coordinates: Coordinates | None = None,
+    *,
+    falls_back: bool = False,
 ) -> tuple[Potential, float]:
     """The log density as a function of float64 vectors on the CPU, staged; and what that took.
 
     With coordinates one graph serves every choice: `coordinates.centered` is read at each call.
+    `falls_back` is that of `Staged`.
     """
     with torch.no_grad():
         centre = pack(problem, theta, problem.location(theta, batch))
@@ -123,8 +126,9 @@ def staged_log_density(
 
     # Kernels by themselves are what can be recorded (`hbmeta.native`).
     staged = Staged(
-        function, tier=tier, expected_calls=expected_calls, check_every=2**62, one_file=False
-    )
+        function, tier=tier, expected_calls=expected_calls, check_every=2**62, one_file=False,
+        falls_back=falls_back,
+    )  # fmt: skip
     run = staged.flat(centre, batch, *choice())
     if centre.dtype != torch.float64 or centre.device.type != "cpu":
 

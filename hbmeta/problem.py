@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.nn.module import PyroModule, to_pyro_module_
@@ -36,6 +36,7 @@ from hbmeta.program import (
 )
 from hbmeta.rebuilding import rebuild, tensors_of
 from hbmeta.sites import Sites
+from hbmeta.staging import Staged, Tier
 from hbmeta.tasks import Tasks
 
 # Padding costs nothing where groups are of equal size and up to 11 times the rows where they are
@@ -73,6 +74,9 @@ class Problem:
         self.takes_context = takes_context(program)
         self.layout: Layout = layout or self._cheaper(offered, tasks)
         self.dtype, self.device = tasks.dtype, tasks.device
+        # How searches for φ run after the fit.
+        self.tier: Tier | Literal["auto"] = "auto"
+        self._staged: dict[Hashable, Staged] = {}
         if isinstance(program, nn.Module):
             self.program = copy.deepcopy(program).to(dtype=self.dtype, device=self.device)
         if isinstance(self.program, PyroModule):
@@ -118,6 +122,14 @@ class Problem:
                 found=f"{sorted(clash)[0]!r} twice",
                 do="Rename the site.",
             )
+
+    def staged(
+        self, key: Hashable, function: Callable[..., Any], tier: Tier | Literal["auto"], calls: int
+    ) -> Staged:
+        """The function, staged once for its key and tier; so many more calls are expected."""
+        found = self._staged.setdefault((key, tier), Staged(function, tier=tier))
+        found.expected_calls = found.calls + calls
+        return found
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Parameters of the module, by qualified name; none for a plain function."""

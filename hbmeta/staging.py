@@ -10,13 +10,16 @@ leaves plain ATen operations; Inductor compiles that graph. Three tiers (docs/de
 A graph freezes every Python number that it met, so a staged function is keyed on the structure,
 shape, dtype, stride and device of its inputs, and is traced anew for another key. Random draws must
 be inputs: a graph that draws is refused. Every `check_every` calls the graph is compared with the
-function itself.
+function itself. A function that cannot be traced (a branch on a value, a size read from the data)
+runs as it is where the tier was left to "auto", with a warning; where it was asked for, it raises.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -49,6 +52,8 @@ _ROUNDINGS = 64
 # the two were up to 240 roundings of bfloat16 apart, those of graph and program 4.)
 _ROUNDINGS_OF_HALVES = 8
 _RTOL_OF_HALVES = 32
+# Frames of these are not the person's program.
+_LIBRARIES = {"torch", "pyro", "hbmeta", "zuko", *sys.stdlib_module_names}
 
 __all__ = ["TIERS", "Staged", "Tier", "compiler_available", "tier_of"]
 
@@ -107,6 +112,8 @@ class Staged:
             roundings where an input is of half precision (0.25 in bfloat16, 0.03 in float16), where
             the traced graph is compared in the place of the compiled one.
         one_file: of `compile_graph`.
+        falls_back: run the function as it is where it cannot be traced, with a warning; by default
+            where the tier is "auto".
     """
 
     def __init__(
@@ -118,9 +125,11 @@ class Staged:
         check_every: int = 0,
         rtol: float | None = None,
         one_file: bool = True,
+        falls_back: bool | None = None,
     ) -> None:
         self.function, self.wanted, self.expected_calls = function, tier, expected_calls
         self.check_every, self.rtol, self.one_file = check_every, rtol, one_file
+        self.falls_back = tier == "auto" if falls_back is None else falls_back
         self.calls = 0
         self.seconds_staging = 0.0
         self._plans: dict[Any, _Plan] = {}
@@ -187,7 +196,19 @@ class Staged:
             return
         start = time.perf_counter()
         if plan.graph is None:
-            plan.graph, plan.structure = trace(self.function, args)
+            try:
+                plan.graph, plan.structure = trace(self.function, args)
+            except StagingError as error:
+                if not self.falls_back:
+                    raise
+                self.wanted = "eager"
+                warnings.warn(
+                    f"This program cannot be traced (found {error.found}), so it runs as it is, "
+                    "which is slower. compile=False asks for that.",
+                    stacklevel=2,
+                )
+                return
+            _refuse_draws(plan.graph)
             plan.run, plan.tier = _interpret(plan.graph, _tensors(leaves)), "graph"
             target = self._target(plan)
         if target == "compiled" and compiler_available():
@@ -327,23 +348,41 @@ def trace(function: Callable[..., Any], args: Any) -> tuple[GraphModule, Any]:
         raise
     except Exception as error:
         raise StagingError(
-            getattr(function, "__qualname__", "function"),
+            "compile",
             needed="a program of tensor operations, without branches on values of tensors",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            found=_what_stopped(error),
             do="Use compile=False, or replace the branch by torch.where.",
         ) from error
+    with default_dtype_of(tensors):
+        return simplify(graph), out["structure"]
+
+
+def _refuse_draws(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(
             node.target, "tags", ()
         ):
             raise StagingError(
-                getattr(function, "__qualname__", "function"),
+                "compile",
                 needed="random numbers as inputs",
                 found=f"a draw inside the graph ({node.target})",
                 do="Draw the noise outside and pass it in.",
             )
-    with default_dtype_of(tensors):
-        return simplify(graph), out["structure"]
+
+
+def _what_stopped(error: Exception) -> str:
+    """What could not be traced, and where in the person's program."""
+    message = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {message[0] if message else ''}"
+    if "_local_scalar_dense" in what:
+        # torch's words for it end in advice on settings of its own.
+        what = "a number or a truth value that is read from a tensor"
+    own = [
+        (frame.f_code.co_name, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES
+    ]
+    return f"{what}, in line {own[-1][1]}, {own[-1][0]}" if own else what
 
 
 def _interpret(graph: GraphModule, tensors: list[Tensor]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Where the chains of a sampler start: spread around the priors' locations, or by Pathfinder.
+"""Where fits start, and whether they can: at the priors' locations, around them, or by Pathfinder.
 
 A centered hierarchy has no joint mode: log p(θ, φ, y) grows without bound as the scale of φ goes to
 zero with φ at its mean. Searches therefore run with every site that can be non-centered in ε
@@ -16,16 +16,71 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hbmeta.errors import ConvergenceError
 from hbmeta.joint_density import Potential, pack, unpack
 from hbmeta.parametrisation import Coordinates
 from hbmeta.pathfinder import find_paths
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
+from hbmeta.tasks import Tasks
 
 # Draws of each path, from which starts are chosen.
 _DRAWS = 250
+# How often a start is drawn closer to the priors' locations.
+_HALVINGS = 12
+_ADVICE = (
+    "Look for logarithms and roots of what can be negative and for scales that can be 0, or give "
+    "the priors locations where the data are possible."
+)
 
-__all__ = ["from_noise", "non_centered", "pathfinder_starts", "spread_starts"]
+__all__ = [
+    "from_noise",
+    "non_centered",
+    "pathfinder_starts",
+    "require_finite_start",
+    "spread_starts",
+]
+
+
+def require_finite_start(problem: Problem, tasks: Tasks, where: str) -> None:
+    """Raises where log p(θ, φ, y) is not finite at the priors' locations, nor near them.
+
+    Every strategy starts there. Points within 1, 1/2, 1/4, … of the locations are tried too, in
+    unconstrained space, because a search may leave a location that is bad by itself.
+
+    Raises:
+        ConvergenceError: names the density that is not finite, and the task.
+    """
+    batch = problem.batch(tasks)
+    theta = problem.theta(batch)
+    with torch.no_grad():
+        phi = problem.location(theta, batch)
+        at_locations = problem.terms(theta, phi, batch)
+        if all(bool(part.isfinite().all()) for part in at_locations):
+            return
+        centre = pack(problem, theta, phi)
+        generator = torch.Generator().manual_seed(0)
+        for number in range(_HALVINGS):
+            jitter = 2 * torch.rand(centre.shape, generator=generator, dtype=torch.float64) - 1
+            near, other = unpack(problem, centre + jitter.to(centre) / 2**number, batch.n_tasks)
+            terms = problem.terms({**theta, **near}, other, batch)
+            if all(bool(part.isfinite().all()) for part in terms):
+                return
+    likelihood, local, prior = at_locations
+    if not bool(prior.isfinite()):
+        found = f"{float(prior)} for log p(θ)"
+    else:
+        # Where φ has no density, y has none either.
+        no_prior = not bool(local.isfinite().all())
+        name, part = ("log p(φ | θ)", local) if no_prior else ("the likelihood", likelihood)
+        task = int((~part.isfinite()).nonzero()[0])
+        found = f"{float(part[task])} for {name} of task {tasks.ids[task]!r}"
+    raise ConvergenceError(
+        where,
+        needed="a log density of the program that is finite near its priors' locations",
+        found=found,
+        do=_ADVICE,
+    )
 
 
 def spread_starts(
@@ -41,6 +96,9 @@ def spread_starts(
     """(count, size) uniform within 1 of the priors' locations, or as near as needs be.
 
     The spread is halved until the density is finite.
+
+    Raises:
+        ConvergenceError: it is not, nor its gradient, this near to the priors' locations.
     """
     place = problem.location if coordinates is None else coordinates.start
     with torch.no_grad():
@@ -49,11 +107,19 @@ def spread_starts(
     rows = []
     for _ in range(count):
         jitter = 2 * torch.rand(centre.shape, generator=generator, dtype=torch.float64) - 1
-        for _ in range(12):
+        for _ in range(_HALVINGS):
             value, gradient = potential(centre + jitter)
             if math.isfinite(float(value)) and bool(torch.isfinite(gradient).all()):
                 break
             jitter = jitter / 2
+        else:
+            bad = int((~gradient.isfinite()).sum())
+            raise ConvergenceError(
+                problem.name,
+                needed="a finite density and gradient near the priors' locations",
+                found=f"a log density of {float(value)}, {bad} entries of its gradient not finite",
+                do=_ADVICE,
+            )
         rows.append(centre + jitter)
     return torch.stack(rows)
 

@@ -1,5 +1,7 @@
 """Compiled graphs give what the graphs give; the settings fit the graph."""
 
+import logging
+
 import pytest
 import torch
 from torch._inductor import cpu_vec_isa
@@ -52,6 +54,28 @@ def test_a_graph_that_one_file_cannot_hold_is_compiled_in_pieces(monkeypatch):
     run = compile_graph(make_fx(chain(200))(x), [x])
     assert len(seen) == 2
     torch.testing.assert_close(run(x), chain(200)(x))
+
+
+def test_notes_of_the_compiler_that_nobody_can_mend_are_left_out(monkeypatch):
+    """Its other warnings pass, and its logger is left as it was."""
+    log, heard = logging.getLogger("torch._inductor.ir"), []
+
+    def compiles(graph, tensors):
+        log.warning("%s is missing a c-shim implementation, using proxy executor", "aten.op")
+        log.warning("%s is broken", "aten.op")
+        return graph
+
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    monkeypatch.setattr(torch._inductor, "compile", compiles)
+    x, before = torch.rand(3), list(log.filters)
+    log.addHandler(handler)
+    try:
+        compile_graph(make_fx(chain(2))(x), [x])
+    finally:
+        log.removeHandler(handler)
+    assert heard == ["aten.op is broken"]
+    assert log.filters == before
 
 
 def test_a_compiler_that_fails_says_so(monkeypatch):

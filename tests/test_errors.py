@@ -744,7 +744,7 @@ STRATEGIES = [
     ),
     kind(
         "a branch on the value of a tensor",
-        "Error",
+        "read from a tensor, in line",
         lambda _: NUTS(draws=5, chains=1).fit(with_a_branch, some(), compile="graph"),
         error=StagingError,
     ),

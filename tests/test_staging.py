@@ -193,7 +193,45 @@ def test_a_branch_on_a_value_is_refused():
 
     with pytest.raises(StagingError, match=r"replace the branch by torch\.where") as caught:
         Staged(branching, tier="graph")(torch.ones(3))
-    assert "branching" in str(caught.value)
+    # The person's line, and none of torch's advice on settings of its own.
+    line = branching.__code__.co_firstlineno + 1
+    assert f"read from a tensor, in line {line}, branching" in str(caught.value)
+    assert "tracing_mode" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["auto", "sampler"])
+def test_what_cannot_be_traced_runs_as_it_is_where_nobody_asked_for_more(how, monkeypatch):
+    """Whether a fit survives must not depend on how long its first calls took."""
+
+    def branching(x):
+        return x * 2 if x.sum() > 0 else x
+
+    x = torch.ones(3)
+    if how == "auto":
+        # Three calls that would be worth a compilation.
+        monkeypatch.setattr(staging.Staged, "_target", lambda self, plan: "graph")
+        staged = Staged(branching, tier="auto")
+    else:
+        staged = Staged(branching, tier="graph", falls_back=True)
+    with pytest.warns(UserWarning, match="cannot be traced .* runs as it is") as warned:
+        run = staged.flat(x)
+    assert "branching" in str(warned[0].message)
+    assert staged.tier == "eager"
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sign in (1.0, -1.0):
+            assert_same(run(sign * x), [branching(sign * x)], 0.0)
+            assert_same(staged(sign * x), branching(sign * x), 0.0)
+
+
+def test_a_draw_and_a_frozen_number_stay_errors_under_auto(monkeypatch):
+    monkeypatch.setattr(staging.Staged, "_target", lambda self, plan: "graph")
+    with pytest.raises(StagingError, match="Draw the noise outside"):
+        Staged(lambda x: x + torch.randn_like(x), tier="auto")(torch.zeros(3))
+    calls = iter(range(100))
+    with pytest.raises(StagingError, match="Python number changed"):
+        Staged(lambda x: x * float(next(calls)), tier="auto", check_every=10)(torch.ones(3))
 
 
 def test_errors_of_the_function_pass_through():

@@ -7,11 +7,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from hbmeta.inference import NUTS
+from hbmeta.errors import ConvergenceError
+from hbmeta.inference import NUTS, AmortizedGuide, ExactLinear, NoPooling
 from hbmeta.joint_density import staged_log_density, unpack
 from hbmeta.parametrisation import Coordinates
 from hbmeta.problem import Problem
-from hbmeta.starts import non_centered, pathfinder_starts, spread_starts
+from hbmeta.starts import (
+    non_centered,
+    pathfinder_starts,
+    require_finite_start,
+    spread_starts,
+)
 from hbmeta.tasks import Tasks
 from tests.cases import case
 
@@ -130,3 +136,64 @@ def test_a_point_without_a_cholesky_factor_is_rejected(untouched):
     assert float(r.abs().max()) < 1.0
     # The prior alone has an sd of 0.54 between −1 and 1.
     assert float(r.std()) > 0.2
+
+
+# Programs that cannot start
+
+
+def program(prior=lambda m: m, effect=lambda z: z):
+    """y ~ N(effect(z), 1), z ~ N(0, prior(1 + m²)), m ~ N(0, 1)."""
+
+    def model(x, y=None):
+        m = pyro.sample("m", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("task", x.shape[0], dim=-2):
+            scale = prior(1 + m**2)
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(m), scale, validate_args=False))
+            with pyro.plate("point", x.shape[1], dim=-1):
+                mean = effect(z).expand(x.shape[:2])
+                return pyro.sample("y", dist.Normal(mean, 1.0, validate_args=False), obs=y)
+
+    return model
+
+
+def three():
+    y = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
+    return Tasks(torch.ones_like(y).unsqueeze(-1), y, ids=["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [NUTS(draws=4, warmup=4, chains=1), AmortizedGuide(), ExactLinear(), NoPooling()],
+    ids=lambda s: s.name,
+)
+def test_a_density_that_is_not_finite_is_refused_before_a_fit(strategy):
+    with pytest.raises(ConvergenceError, match="found nan for the likelihood of task 'a'") as said:
+        strategy.fit(program(effect=lambda z: torch.log(z - 5.0)), three(), compile=False)
+    assert said.value.where == f"{strategy.name}.fit"
+
+
+def test_the_prior_is_named_where_it_is_what_is_not_finite():
+    """A scale below zero: y has a density given φ, φ has none."""
+    problem = Problem(program(), three())
+    problem.program = program(prior=lambda s: -s)
+    with pytest.raises(ConvergenceError, match=r"found nan for log p\(φ \| θ\) of task 'a'"):
+        require_finite_start(problem, three(), "test")
+
+
+def test_a_location_that_alone_is_bad_is_no_harm():
+    """log z² is infinite at 0, the location, and nowhere else."""
+    problem = Problem(program(effect=lambda z: torch.log(z**2)), three())
+    batch = problem.batch(three())
+    theta = problem.theta(batch)
+    assert not bool(problem.terms(theta, problem.location(theta, batch), batch)[0].isfinite().any())
+    require_finite_start(problem, three(), "test")
+
+
+def test_starts_without_a_gradient_are_refused():
+    """√|0 z| has a value, and 0 · ∞ for a gradient."""
+    problem = Problem(program(effect=lambda z: (0.0 * z).abs().sqrt()), three())
+    batch = problem.batch(three())
+    theta = problem.theta(batch)
+    potential = staged_log_density(problem, batch, theta, "eager", 1)[0]
+    with pytest.raises(ConvergenceError, match="3 entries of its gradient not finite"):
+        spread_starts(problem, batch, theta, potential, None, count=1, seed=0)

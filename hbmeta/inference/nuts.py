@@ -137,7 +137,7 @@ class NUTS(Strategy):
         tier: Tier = "compiled" if options.tier == "auto" else options.tier
         coordinates = Coordinates.of(problem, batch, self.parametrisation, self.name)
         potential, seconds_staging = staged_log_density(
-            problem, batch, theta, tier, expected, coordinates
+            problem, batch, theta, tier, expected, coordinates, falls_back=options.tier == "auto"
         )
         starts = self._starts(problem, batch, theta, options.seed, potential, coordinates)
         if problem.dtype == torch.float64:

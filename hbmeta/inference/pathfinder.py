@@ -96,6 +96,7 @@ class Pathfinder(Strategy):
             "graph" if options.tier == "auto" else options.tier,
             self.paths * (self.draws + 1000),
             coordinates,
+            falls_back=options.tier == "auto",
         )
         starts = spread_starts(
             problem, batch, theta, potential, coordinates, count=self.paths, seed=options.seed

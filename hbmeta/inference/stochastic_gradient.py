@@ -97,7 +97,7 @@ class StochasticGradientStrategy(Strategy):
 
     @abc.abstractmethod
     def move(self, state: State, gradient: Tensor, noise: Tensor, scale: Tensor) -> State:
-        """One transition; see `hbmeta.inference.task_chains.Move`."""
+        """One transition; see `hbmeta.inference.task_chains.Transition`."""
 
     @abc.abstractmethod
     def start(self, phi: Tensor) -> State:
@@ -184,7 +184,7 @@ class StochasticGradientStrategy(Strategy):
         theta = {name: value.detach() for name, value in theta.items()}
         moves = self.warmup + self.draws * self.thin
         chains = TaskChains(
-            problem, batch, self.move, rows=self.rows, tier="auto", moves=moves, seed=seed + 1
+            problem, batch, self, rows=self.rows, tier=problem.tier, moves=moves, seed=seed + 1
         )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -291,7 +291,7 @@ class _Fisher:
             self.chains = TaskChains(
                 self.problem,
                 query,
-                self.strategy.move,
+                self.strategy,
                 rows=self.strategy.rows,
                 tier=self.options.tier,
                 moves=_MOVES * self.options.steps,

@@ -40,6 +40,7 @@ from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Program, Theta
 from hbmeta.staging import tier_of
+from hbmeta.starts import require_finite_start
 from hbmeta.tasks import Tasks, TaskSet
 from hbmeta.tasks.checks import check_seed
 from hbmeta.training import Learned, MetaGradient, Options, train
@@ -191,6 +192,7 @@ class Strategy(abc.ABC):
             seed: of everything random; the caller's random state is left alone.
             device: where to run; the device of the data by default.
             compile: "auto" lets the length of the fit decide; True, False, or a tier's name.
+                `adapt` keeps to it; True leaves its searches to "auto".
             checkpoint: file to resume an interrupted fit from, and to write to on the way.
             progress: show progress; by default where standard error is a terminal.
         Returns:
@@ -198,8 +200,9 @@ class Strategy(abc.ABC):
         Raises:
             UnsupportedModelError: the strategy makes no sense for this program.
             DataError, ProgramError: the data or the program cannot be used.
-            ConvergenceError: the loss became infinite or NaN, or steps led where the program's own
-                covariance is not positive definite.
+            ConvergenceError: the program's density is not finite where a fit starts, the loss
+                became infinite or NaN, or steps led where the program's own covariance is not
+                positive definite.
         """
         start = time.perf_counter()
         where = f"{self.name}.fit"
@@ -238,10 +241,13 @@ class Strategy(abc.ABC):
                 found="one group",
                 do="Use NoPooling or NUTS for a single group.",
             )
+        # Whether a compilation pays in `adapt`, the length of its own searches decides.
+        problem.tier = "auto" if tier == "compiled" else tier
         self._check_precision(problem)
         self.check_levels(problem)
         chosen = self.suited(problem, known)
         chosen.check(problem)
+        require_finite_start(problem, known, where)
         options = Options(
             steps=steps, tasks_per_step=tasks_per_step, learning_rate=learning_rate,
             theta_learning_rate=theta_learning_rate, decay=decay, seed=seed, tier=tier,

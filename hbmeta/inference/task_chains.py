@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +28,19 @@ from torch import Tensor
 from hbmeta.curvature import log_joint
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
-from hbmeta.staging import Staged, Tier
+from hbmeta.staging import Tier
 
 State = tuple[Tensor, ...]
 """φ (chains, tasks, phi_size), and what else a transition carries on, of the same shape."""
 
-Move = Callable[[State, Tensor, Tensor, Tensor], State]
-"""State, gradient of f in z, standard normal noise (both as φ) and d (tasks, phi_size)."""
+
+class Transition(Protocol):
+    """What moves chains; hashable, equal to another that moves them alike."""
+
+    def move(self, state: State, gradient: Tensor, noise: Tensor, scale: Tensor) -> State:
+        """From state, gradient of f in z, standard normal noise (both as φ), d (tasks, size)."""
+        ...
+
 
 # Up to so many entries H is exact, from as many products with it.
 _DENSE = 32
@@ -45,7 +52,7 @@ _POWERS = 20
 # A curvature below this share of the task's mean is flat: the step there is that of a tenth of it.
 _LEAST = 1e-2
 
-__all__ = ["Move", "State", "TaskChains", "curvature_scale"]
+__all__ = ["State", "TaskChains", "Transition", "curvature_scale"]
 
 
 def curvature_scale(function: Callable[[Tensor], Tensor], phi: Tensor, *, seed: int = 0) -> Tensor:
@@ -100,7 +107,7 @@ class TaskChains:
     Args:
         problem: the program.
         batch: all rows of the tasks.
-        move: the transition.
+        transition: a strategy. Its step is traced once for a problem, however many chains begin.
         rows: rows in a mini-batch of a task; None for all of them.
         tier: of staging.
         moves: how often it will be called, for tier "auto".
@@ -111,19 +118,19 @@ class TaskChains:
         self,
         problem: Problem,
         batch: Batch,
-        move: Move,
+        transition: Transition,
         *,
         rows: int | None,
-        tier: Tier | str,
+        tier: Tier | Literal["auto"],
         moves: int,
         seed: int,
     ) -> None:
-        self.problem, self.batch, self.move = problem, batch, move
+        self.problem, self.batch, self.transition = problem, batch, transition
         longest = int(batch.counts.max()) if batch.n_tasks else 0
         self.rows = None if rows is None or rows >= longest else rows
         self.generator = torch.Generator().manual_seed(seed)
         self._order = _rows_by_task(batch) if self.rows is not None else None
-        self.staged = Staged(self._moved, tier=tier, expected_calls=moves)  # type: ignore[arg-type]
+        self.staged = problem.staged(("TaskChains", transition), self._moved, tier, moves)
 
     def scale(self, theta: Theta, phi: Tensor) -> Tensor:
         """d (tasks, phi_size) at φ (tasks, phi_size)."""
@@ -144,7 +151,9 @@ class TaskChains:
         """
         chosen = self._choose(noise.shape[0])
         bound = torch.full((), limit, dtype=noise.dtype, device=noise.device)
-        moved: State = tuple(self.staged(theta, list(state), scale, noise, bound, *chosen))
+        moved: State = tuple(
+            self.staged(theta, list(state), scale, noise, bound, self.batch, *chosen)
+        )
         return moved
 
     def _moved(
@@ -154,17 +163,24 @@ class TaskChains:
         scale: Tensor,
         noise: Tensor,
         limit: Tensor,
+        batch: Batch,
         *chosen: Tensor,
     ) -> list[Tensor]:
+        # Nothing but the problem and the transition is the object's own: chains of other data come
+        # through here too.
         phi = state[0].detach().requires_grad_()
         with torch.enable_grad():
-            if self.rows is None:
-                values = torch.vmap(lambda p: log_joint(self.problem, theta, p, self.batch))(phi)
+            if not chosen:
+                values = torch.vmap(lambda p: log_joint(self.problem, theta, p, batch))(phi)
             else:
-                values = torch.vmap(lambda p, *rows: self._estimate(theta, p, *rows))(phi, *chosen)
+                values = torch.vmap(lambda p, rows: self._estimate(theta, p, batch, rows))(
+                    phi, *chosen
+                )
             (gradient,) = torch.autograd.grad(values.sum(), phi)
         gradient = torch.minimum(torch.maximum(scale * gradient, -limit), limit)
-        return [value.detach() for value in self.move(tuple(state), gradient, noise, scale)]
+        return [
+            value.detach() for value in self.transition.move(tuple(state), gradient, noise, scale)
+        ]
 
     # -- mini-batches -----------------------------------------------------------------------------
 
@@ -183,27 +199,23 @@ class TaskChains:
         # Behind the last row there is none for a task without rows to repeat.
         return (position.clamp_max(self.batch.weight.numel() - 1).to(self.batch.x.device),)
 
-    def _estimate(self, theta: Theta, phi: Tensor, position: Tensor) -> Tensor:
+    def _estimate(self, theta: Theta, phi: Tensor, batch: Batch, position: Tensor) -> Tensor:
         """(tasks,) f_i on the rows at `position` (tasks, b)."""
-        part = self._part(position)
+        part = self._part(batch, position)
         likelihood, local, _ = self.problem.terms(theta, phi, part)
         # Factors of the program (pyro.factor) are no rows, and count once.
         factor = self.problem.log_likelihood(theta, phi, part.where(torch.zeros_like(part.mask)))
-        share = self.batch.counts / part.counts.clamp_min(1.0)
+        share = batch.counts / part.counts.clamp_min(1.0)
         return share * (likelihood - factor) + factor + local
 
-    def _part(self, position: Tensor) -> Batch:
-        batch, b = self.batch, position.shape[-1]
-        assert self._order is not None
+    def _part(self, batch: Batch, position: Tensor) -> Batch:
+        b = position.shape[-1]
         assert batch.y is not None
-        counts = self._order[1].to(position.device)
-        weight = (torch.arange(b, device=position.device) < counts[:, None]).to(batch.weight)
+        weight = (torch.arange(b, device=position.device) < batch.counts[:, None]).to(batch.weight)
         if batch.task is None:
             cells = (batch.x.shape[0] * batch.x.shape[1],)
             x, y = (t.reshape(*cells, *t.shape[2:])[position] for t in (batch.x, batch.y))
-            return self.problem.given(
-                replace(batch, x=x, y=y, weight=weight, context=None), self.batch
-            )
+            return self.problem.given(replace(batch, x=x, y=y, weight=weight, context=None), batch)
         flat = position.reshape(-1)
         task = torch.arange(batch.n_tasks, device=position.device).repeat_interleave(b)
         return replace(

@@ -101,7 +101,7 @@ class LocalSearch:
         batch: Batch,
         seed: int,
         steps: int | None = None,
-        tier: Tier | Literal["auto"] = "auto",
+        tier: Tier | Literal["auto"] | None = None,
     ) -> tuple[Tensor, Frame, dict[str, Tensor]]:
         """λ of the Gaussian family, the frame in use, and info.
 
@@ -112,8 +112,9 @@ class LocalSearch:
             batch: rows of the tasks.
             seed: of the fixed noise.
             steps: at most so many.
-            tier: how to run.
+            tier: how to run; None for that of the problem.
         """
+        tier = tier or self.problem.tier
         guide = PointGuide(self.problem, self.gaussian, Bound(1.0, 1))
         noise = guide.fixed_noise(self.draws, seed, frame.loc)
         if rows is None:
@@ -172,7 +173,7 @@ class LocalSearch:
                 rows,
                 frame,
                 batch,
-                Options(steps=steps, seed=seed, progress=False),
+                Options(steps=steps, seed=seed, progress=False, tier=self.problem.tier),
                 rates={},
                 row_rate=self.step_size,
                 row_floor=self.floor,

@@ -15,6 +15,7 @@ from hbmeta.newton import Minima, minimise_tasks
 from hbmeta.optimisation import minimise
 from hbmeta.program import Batch
 from hbmeta.staging import Staged, Tier
+from hbmeta.variational.point_guide import PointGuide
 
 # Below this a gradient in float32 is rounding, at any size of a loss.
 _LEAST = {torch.float64: 0.0, torch.float32: 1e-3}
@@ -25,6 +26,8 @@ _ABOVE, _CLOSER, _TIMES = 10.0, 0.25, 12
 # Newton steps for θ and all λ, and the slope per task, in nats, that is worth a warning.
 _STEPS, _STEEP = 60, 1e-2
 _LINE_SEARCHES = 500
+# Calls of a gradient, and of a product, that a search of Newton's takes.
+_CALLS = 100
 
 __all__ = ["Guide", "search_all", "search_tasks", "settle", "starting_frame"]
 
@@ -80,7 +83,7 @@ def starting_frame(
 
 
 def search_tasks(
-    guide: Guide,
+    guide: PointGuide,
     shared: Mapping[str, Tensor],
     rows: Tensor,
     frame: Frame,
@@ -94,7 +97,7 @@ def search_tasks(
     """λ of every task at the maximum of its own bound, what tasks share held.
 
     Args:
-        guide: the bound.
+        guide: the bound. It is traced once for the searches of its family on a problem.
         shared: θ, or what stands for it.
         rows: (tasks, row_size) λ to start from.
         frame: of each task.
@@ -110,7 +113,11 @@ def search_tasks(
     def value(shared: Any, loc: Tensor, scale: Tensor, batch: Batch, noise: Any) -> Any:
         return lambda r: guide.terms(shared, r, Frame(loc, scale), batch, noise, fixed=True)[0]
 
-    return _search(value, given, rows, steps=steps, tolerance=tolerance, tier=tier)
+    def stage(name: str, function: Callable[..., Any]) -> Staged:
+        key = ("search_tasks", name, guide.family, guide.bound)
+        return guide.problem.staged(key, function, tier, _CALLS)
+
+    return _search(value, given, rows, steps=steps, tolerance=tolerance, stage=stage)
 
 
 def search_all(
@@ -164,8 +171,12 @@ def search_all(
         tier=tier,
         iterations=_LINE_SEARCHES,
     )
+
+    def stage(_: str, function: Callable[..., Any]) -> Staged:
+        return Staged(function, tier=tier, expected_calls=_CALLS)
+
     found = _search(
-        value, given, near.point.unsqueeze(0), steps=steps, tolerance=tolerance, tier=tier
+        value, given, near.point.unsqueeze(0), steps=steps, tolerance=tolerance, stage=stage
     )
     return *unpack(found.point[0]), found
 
@@ -218,7 +229,7 @@ def _search(
     *,
     steps: int,
     tolerance: float,
-    tier: Tier | Literal["auto"],
+    stage: Callable[[str, Callable[..., Any]], Staged],
 ) -> Minima:
     """`minimise_tasks` with its two functions staged, and what is given as their inputs."""
 
@@ -228,7 +239,7 @@ def _search(
     def second(point: Tensor, vector: Tensor, given: Any) -> Tensor:
         return hessian_vector(value(*given), point, vector)
 
-    gradient, product = (Staged(f, tier=tier, expected_calls=100) for f in (first, second))
+    gradient, product = stage("gradient", first), stage("product", second)
     return minimise_tasks(
         lambda point: gradient(point, given),
         lambda point, vector: product(point, vector, given),
