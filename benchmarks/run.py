@@ -1,7 +1,7 @@
 """Runs the benchmarks, prints their tables and keeps them under benchmarks/results.
 
     python -m benchmarks.run [staging] [meta_gradient] [memory] [sinusoid] [posteriors]
-        [bayesian_maml] [laplace] [samplers] [scale] [studies] [formulas] [coverage]
+        [bayesian_maml] [laplace] [samplers] [scale] [studies] [formulas] [certificate_coverage]
         [certificates] [--quick]
 
 `posteriors`, `scale`, `formulas` and `certificates` need the stored data ($HBMETA_DATA or
@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
     *("bayesian_maml", "laplace", "samplers", "scale", "studies", "formulas"),
-    *("coverage", "certificates"),
+    *("certificate_coverage", "certificates"),
 )
 WITH_QUICK = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
-    *("bayesian_maml", "samplers", "scale", "formulas", "coverage", "certificates"),
+    *("bayesian_maml", "samplers", "scale", "formulas", "certificate_coverage", "certificates"),
 )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from benchmarks import coverage
+from benchmarks import certificate_coverage as coverage
 
 
 @pytest.mark.parametrize(

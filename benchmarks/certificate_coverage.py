@@ -13,7 +13,7 @@ loose, so that coverage catches gross errors only; the negative controls show wh
 the training samples is always below the truth where there is enough to fit, that on the queries in
 about half of the sets.
 
-    python -m benchmarks.coverage [--quick]
+    python -m benchmarks.certificate_coverage [--quick]
 """
 
 from __future__ import annotations
