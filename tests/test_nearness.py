@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from hbmeta.inference import MAML, ImplicitMAML
+from hbmeta.inference import BMAML, MAML, ImplicitMAML
 from hbmeta.nearness import complaint, distance_to_mode
 from hbmeta.problem import Problem
 from hbmeta.tasks import Tasks
@@ -82,13 +82,18 @@ def test_a_fit_whose_steps_end_too_soon_says_so():
     """Five steps of a millionth of what the rows need; with enough of them there is silence."""
     tasks = case("linear_given_theta").tasks
     settings = {"steps": 1, "compile": False, "progress": False}
-    with pytest.warns(UserWarning, match=r"MAML: needed .* found 3 of 4 tasks .* Change steps"):
-        fitted = MAML(steps=5, step_size=1e-6).fit(
+    with pytest.warns(UserWarning, match=r"BMAML: needed .* of 4 tasks .* Change steps"):
+        fitted = BMAML(steps=5, step_size=1e-6).fit(
             case("linear_given_theta").program, tasks, **settings
         )
     assert fitted.info["distance_to_mode"].shape == (4,)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # A point does not claim to be a posterior: it is looked at, and predictions judge it.
+        point = MAML(steps=5, step_size=1e-6).fit(
+            case("linear_given_theta").program, tasks, **settings
+        )
+        assert complaint(point.info["distance_to_mode"], tasks.ids)
         near = ImplicitMAML(damping=1e-3).fit(case("linear_given_theta").program, tasks, **settings)
     assert float(near.info["distance_to_mode"].max()) < 1.0
 

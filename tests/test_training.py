@@ -354,6 +354,7 @@ def test_small_steps_are_not_lost_in_bfloat16():
     assert float(torch.cosine_similarity(moved, wanted, 0)) > 0.8
 
 
+@pytest.mark.filterwarnings("ignore:to_inference_data. φ is a point:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fits_in_half_precision_adapt_predict_compare_and_are_saved(dtype, tmp_path):
     fitted = MAML(steps=1, step_size=0.01).fit(SMALL, sines(dtype), steps=10, **EAGER)

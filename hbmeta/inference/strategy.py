@@ -276,16 +276,19 @@ class Strategy(abc.ABC):
         )
 
     def _looked_at(self, problem: Problem, learned: Learned, known: Tasks) -> Tensor:
-        """(tasks,) how far q lies from the mode of each task's log joint; warns where it is far."""
+        """(tasks,) how far q lies from the mode of each task's log joint.
+
+        What has a spread, and so claims to be a posterior, warns where that is far.
+        """
         some = known[:_LOOKED_AT].to(device=problem.device, dtype=problem.dtype)
         batch = problem.batch(some)
         try:
             with torch.no_grad():
-                centre = centre_of(self.posterior(problem, learned.theta, learned.own, batch))
-            found = distance_to_mode(problem, learned.theta, centre, batch)
+                density = self.posterior(problem, learned.theta, learned.own, batch)
+            found = distance_to_mode(problem, learned.theta, centre_of(density), batch)
         except NotPositiveDefinite:  # which adapting will say; θ is fitted
             return torch.full((some.n_tasks,), torch.nan)
-        if text := complaint(found, some.ids):
+        if not isinstance(density, Delta) and (text := complaint(found, some.ids)):
             warnings.warn(f"{self.name}: {text}", stacklevel=3)
         return found
 
