@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -59,3 +60,9 @@ def rounds_of(
                 call()
             found[name].append((time.perf_counter() - start) / repeats[name])
     return found
+
+
+def cpu_seconds() -> float:
+    """Of this process and its ended children so far."""
+    used = (resource.getrusage(one) for one in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.crossed import Crossed
-from benchmarks.machine import describe
+from benchmarks.machine import cpu_seconds, describe
 from benchmarks.programs import data_folder
 from benchmarks.scale_program import FIXED, SCALES, Ratings, part_of, read_ratings
 from hbmeta import models
@@ -112,12 +112,6 @@ class Adapted:
     megabytes: float
     shift: tuple[float, float]
     ratio: tuple[float, float]
-
-
-def cpu_seconds() -> float:
-    """Of this process and its ended children so far."""
-    used = (resource.getrusage(one) for one in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def megabytes() -> float:

@@ -1,11 +1,11 @@
 """`hbmeta.diagnose` without a reference at hand, against the truth that stored references tell.
 
-Every strategy is fitted to every program anew (seed and settings of benchmarks/approximations.py)
-and diagnosed; the diagnosis sees the fit and the rows, and nothing of what is stored. The truth: a
-parameter is wrong where its mean lies more than 0.3 sd from the reference's or its sd outside
-[0.75, 1.33] of it; a fit is wrong where more than one in ten of its parameters is. A verdict that
-is not "right" counts as a flag, "unverified" too. Wanted: nine in ten wrong fits flagged, one in
-ten right fits at most.
+Every strategy is fitted to every program (by benchmarks/approximations.py, whose distances are kept
+on the way) and diagnosed; the diagnosis sees the fit and the rows, and nothing of what is stored.
+The truth: a parameter is wrong where its mean lies more than 0.3 sd from the reference's or its sd
+outside [0.75, 1.33] of it; a fit is wrong where more than one in ten of its parameters is. A
+verdict that is not "right" counts as a flag, "unverified" too. Wanted: nine in ten wrong fits
+flagged, one in ten right fits at most.
 
     python benchmarks/verdicts.py --only eight_schools radon_hierarchical --strategies Laplace NUTS
 
@@ -27,19 +27,25 @@ from pathlib import Path
 import torch
 
 import hbmeta
-from benchmarks import agreement
-from benchmarks.approximations import STEPS, moments_by_name, reference_of, strategies
-from benchmarks.posterior_programs import CASES, Case, Moments
+from benchmarks import agreement, approximations
+from benchmarks.approximations import (
+    STEPS,
+    Fit,
+    Result,
+    fit,
+    moments_by_name,
+    reference_of,
+    strategies,
+)
+from benchmarks.machine import cpu_seconds
+from benchmarks.posterior_programs import CASES, Moments
 from benchmarks.posteriors import Sampled
 from benchmarks.posteriors import kept as kept_sample
 from benchmarks.programs import data_folder
 from hbmeta.diagnosis.records import Diagnosis, Verdict, summed_up
 from hbmeta.distances import SD_LIMITS, TASK_LIMIT
-from hbmeta.errors import HbmetaError
 from hbmeta.files import write_text
-from hbmeta.inference import NUTS, Strategy
 from hbmeta.posterior import TaskPosterior
-from hbmeta.tasks import Episode
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "results" / "verdicts"
@@ -106,25 +112,18 @@ def compare(
     return count, truths
 
 
-def judge(name: str, strategy: Strategy, case: Case, folder: Path) -> Judged:
-    """Fits, diagnoses, and looks up the truth."""
-    sampled = Sampled.from_json(kept_sample(case.name).read_text())
-    tasks = case.tasks(folder)
-    # One row a task leaves none to hold back, as in benchmarks/approximations.py.
-    trained = type(strategy).learn is Strategy.learn and strategy.needs == "split"
-    data = Episode(tasks, tasks) if trained and int(tasks.counts.max()) < 2 else tasks
+def judge(result: Result, fit: Fit, reference: Mapping[str, Moments]) -> Judged:
+    """Diagnoses a fit, and looks up the truth."""
+    program, strategy = result.program, result.strategy
+    start = cpu_seconds()
     try:
-        fitted = strategy.fit(case.program, data, steps=STEPS, seed=SEED, progress=False)
-        diagnosis = hbmeta.diagnose(fitted, tasks, seed=SEED + 1)
-        posterior = fitted.posterior_of(tasks)
-        count, truths = compare(diagnosis, posterior, reference_of(case, sampled, folder))
-    except HbmetaError as error:
-        return Judged(case.name, name, f"{type(error).__name__}: {error}")
+        diagnosis = hbmeta.diagnose(fit.fitted, fit.tasks, seed=SEED + 1)
+        count, truths = compare(diagnosis, fit.posterior, reference)
     except Exception as error:  # a bug, to be seen in the table, and not the end of a long run
-        return Judged(case.name, name, f"crashed: {type(error).__name__}: {error}")
+        return Judged(program, strategy, f"crashed: {type(error).__name__}: {error}")
     return Judged(
-        case.name,
-        name,
+        program,
+        strategy,
         truth=summed_up([both for both, _ in truths]),
         verdict=diagnosis.verdict,
         means=(summed_up([mean for _, mean in truths]), diagnosis.verdict_of_means),
@@ -132,8 +131,8 @@ def judge(name: str, strategy: Strategy, case: Case, folder: Path) -> Judged:
         point=any(s.name == "point estimate" for s in diagnosis.symptoms),
         reference=diagnosis.reference,
         symptoms=tuple(s.name for s in diagnosis.symptoms),
-        seconds_fit=fitted.seconds.fit,
-        seconds_diagnose=diagnosis.seconds,
+        seconds_fit=result.seconds_fit,
+        seconds_diagnose=cpu_seconds() - start,
     )
 
 
@@ -167,7 +166,8 @@ def report(results: Sequence[Judged]) -> str:
     for title, text in parts:
         lines += [f"## {title}", "", text, ""]
     lines += [
-        "| program | strategy | truth | verdict | means | judged by | fit (s) | diagnose (s) |"
+        "| program | strategy | truth | verdict | means | judged by | fit (CPU s) "
+        "| diagnose (CPU s) |"
     ]
     lines += ["|---|---|---|---|---|---|---|---|"]
     lines += [
@@ -213,19 +213,24 @@ def main() -> int:
     if not arguments.kept and not folder.is_dir():
         print(f"verdicts: needs the reference data at {folder}; set HBMETA_DATA")
         return 1
-    wanted = strategies(arguments.strategies)
-    if arguments.strategies is None or "NUTS" in arguments.strategies:
-        wanted["NUTS"] = NUTS()
     for case in CASES.values():
         named = any(part in case.name for part in arguments.only)
         if arguments.kept or not named or not kept_sample(case.name).exists():
             continue
-        for name, strategy in wanted.items():
+        sampled = Sampled.from_json(kept_sample(case.name).read_text())
+        reference = reference_of(case, sampled, folder)
+        for name, strategy in strategies(arguments.strategies).items():
             path = kept(case.name, name)
             if path.exists() and not arguments.again:
                 continue
-            result = judge(name, strategy, case, folder)
-            print(f"{case.name}, {name}: {result}", file=sys.stderr, flush=True)
+            distance, found = fit(name, strategy, case, reference, folder, STEPS)
+            approximations.keep(distance, "resume")
+            result = (
+                Judged(case.name, name, distance.why)
+                if found is None
+                else judge(distance, found, reference)
+            )
+            print(f"{distance}\n{result}", file=sys.stderr, flush=True)
             if not result.why.startswith("crashed"):
                 write_text(path, json.dumps(asdict(result), ensure_ascii=False))
     print(report([from_file(path) for path in sorted(KEPT.glob("*.json"))]))

@@ -136,22 +136,25 @@ def test_strategies_run_or_are_refused_with_the_reason(tmp_path):
     names = agreement.labels("coefficients", 2 * linear.tasks.n_tasks)
     mean, sd = (torch.as_tensor(part).flatten().tolist() for part in linear.posterior)
     reference = {k: Moments(m, s) for k, m, s in zip(names, mean, sd, strict=True)}
-    exact = approximations.fit("ExactLinear", ExactLinear(), case, reference, tmp_path, 1)
+    exact, fit = approximations.fit("ExactLinear", ExactLinear(), case, reference, tmp_path, 1)
+    assert fit is not None
+    assert fit.posterior is fit.fitted.posterior
     assert exact.ran
     assert exact.wasserstein < 1e-5
-    point = approximations.fit("MAML", MAML(), case, reference, tmp_path, 1)
+    point, _ = approximations.fit("MAML", MAML(), case, reference, tmp_path, 1)
     # A point has no spread: r = 0, and W2 is at least 1.
     assert point.ratio_median == 0
     assert point.wasserstein >= 1
     hasty = SGLD(draws=8, warmup=1, thin=1)
-    unmixed = approximations.fit("SGLD", hasty, case, reference, tmp_path, 1)
+    unmixed, _ = approximations.fit("SGLD", hasty, case, reference, tmp_path, 1)
     assert any(text.startswith("SGLD: split R̂") for text in unmixed.warned)
     assert exact.warned == ()
     for kept in (exact, unmixed):
         assert approximations.from_json(json.dumps(asdict(kept))) == kept
     schools = schools_case(Reference("none", {}))
-    refused = approximations.fit("ProtoNet", ProtoNet(), schools, reference, tmp_path, 1)
+    refused, none = approximations.fit("ProtoNet", ProtoNet(), schools, reference, tmp_path, 1)
     assert not refused.ran
+    assert none is None
     assert refused.why.startswith("refused: needed ")
     assert refused.why in approximations.left_out([exact, refused])
     assert len(approximations.table([exact, point, refused]).splitlines()) == 4
@@ -159,7 +162,8 @@ def test_strategies_run_or_are_refused_with_the_reason(tmp_path):
 
 def test_every_strategy_that_exists_is_tried_by_name():
     found = approximations.strategies()
-    assert "NUTS" not in found
+    assert found["NUTS"] == NUTS()
+    assert "Strategy" not in found
     assert found["MAML"] == MAML(steps=5, step_size=0.05)
     assert list(approximations.strategies(["ExactLinear"])) == ["ExactLinear"]
 
