@@ -27,6 +27,7 @@ from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.families import Diagonal, Family, FlowFamily, Frame, FullRank, LowRankFamily
 from hbmeta.feeding import training_tasks
 from hbmeta.fitted import Fitted
+from hbmeta.inference.adapting import adapt_to_draws
 from hbmeta.inference.amortized_guide import AmortizedGuide, require_proper_prior
 from hbmeta.inference.crossed_laplace import refuse_effects_at_a_point
 from hbmeta.inference.strategy import Strategy
@@ -40,7 +41,6 @@ from hbmeta.variational import (
     Bound,
     JointDensity,
     LocalSearch,
-    adapt_to_draws,
     as_frame,
     learn_distribution,
     learn_point,
@@ -261,7 +261,7 @@ class Variational(Strategy):
         Where θ is a distribution: draws of (θ, φ) with the weight p(S_new | θ), as NUTS's.
         """
         if fitted.drawn:
-            return adapt_to_draws(fitted, support, seed, self.name)
+            return adapt_to_draws(fitted, support, seed)
         problem, theta = fitted.problem, fitted.theta
         batch = problem.batch(support)
         frame = self._start(problem, theta, fitted.own, batch)
