@@ -172,6 +172,11 @@ class Laplace(Strategy):
                 do="Leave them out.",
             )
 
+    def adaptable(self) -> tuple[str, ...]:
+        """What says how φ is expanded; nothing where the fit holds draws."""
+        names = ("curvature", "damping", "tolerance", "iterations", "sites")
+        return () if self.integrated else names
+
     def suited(self, problem: Problem, known: Tasks) -> Laplace:
         """With every effect that has a scale of its own integrated out, where settings allow."""
         scaled = scaled_effects(problem, problem.batch(known[:2]))
