@@ -133,13 +133,16 @@ def conditional_over_draws(
     return density, info
 
 
-def warn_of_proposals(info: dict[str, Tensor], ids: tuple[Any, ...], where: str) -> None:
+def warn_of_proposals(
+    info: dict[str, Tensor], ids: tuple[Any, ...], where: str, stacklevel: int = 4
+) -> None:
     """Warns, naming the worst task, where the draws of φ cannot be trusted.
 
     Args:
         info: of `conditional` or `conditional_over_draws`.
         ids: of the tasks.
         where: who asked.
+        stacklevel: of the warning.
     """
     efficiency = info["proposal_efficiency"]
     lost = ~(info["converged"] & info["positive"])
@@ -153,7 +156,7 @@ def warn_of_proposals(info: dict[str, Tensor], ids: tuple[Any, ...], where: str)
         f"{where}: the draws of task {ids[worst]!r} are poor ({why}; proposal efficiency "
         f"{float(efficiency[worst]):.2f}; {int(poor.sum())} of {len(ids)} tasks). Fit these tasks "
         "together with the others, or reparametrise φ.",
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 

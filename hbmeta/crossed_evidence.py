@@ -262,7 +262,7 @@ def _derivatives(
     value: Tensor, leaves: list[Tensor], *, create_graph: bool = False, keep: bool = False
 ) -> tuple[Tensor, ...]:
     """Gradients, zero where the value does not depend on a leaf."""
-    if not value.requires_grad:
+    if not (leaves and value.requires_grad):
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     found = torch.autograd.grad(
         value,

@@ -116,15 +116,20 @@ class Fitted:
             support: the tasks' support; a task without rows gets what the strategy says of a task
                 without data.
             seed: for strategies that draw.
-            overrides: settings of the strategy to change for this call, such as steps=10 for MAML.
+            overrides: settings of the strategy to change for this call, such as steps=10 for MAML;
+                those that `strategy.adaptable()` names.
         Raises:
             DataError: the support is no tasks with y, its features are not those of the fit, y is
-                of another kind or outside the response, or a setting has no such name.
+                of another kind or outside the response, or a setting cannot be changed.
+            UnsupportedModelError: a setting that makes no sense for the program.
         """
         tasks = support.support if isinstance(support, TaskSet) else support
         self._check_support(tasks)
         seed = check_seed(seed, where="adapt")
-        strategy = self.strategy.replaced(**overrides)
+        strategy = self.strategy
+        if overrides:
+            strategy = strategy.replaced(**overrides)
+            strategy.check(self.problem)
         tasks = tasks.to(device=self.problem.device, dtype=self.problem.dtype)
         self._check_y(tasks)
         with positive_definite_at(f"{strategy.name}.adapt", "while adapting"):

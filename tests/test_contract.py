@@ -212,6 +212,13 @@ def test_matrix_is_complete():
     assert len(WORKING) + len(REFUSING) == len(NAMES) * len(STRATEGIES)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adapting_may_change_settings_that_there_are(strategy):
+    chosen, _ = strategy_of(strategy, "linear_given_theta", small=True)
+    assert set(chosen.adaptable()) <= set(chosen.settings())
+    assert chosen.replaced(**{name: getattr(chosen, name) for name in chosen.adaptable()}) == chosen
+
+
 # What working means
 
 

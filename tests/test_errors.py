@@ -886,7 +886,7 @@ LENS = [
         "other step sizes than were learned",
         "learned_step='site'",
         lambda _: fits.fitted("MAML").adapt(fits.new_tasks(), learned_step="site"),
-        "Fit anew",
+        "fit anew",
     ),
     kind(
         "a minimum where the curvature is negative",
@@ -942,6 +942,26 @@ LENS = [
 ]
 
 USE = [
+    kind(
+        "a setting of the fit alone",
+        "hidden=4",
+        lambda _: fits.fitted("AmortizedGuide").adapt(fits.new_tasks(), hidden=4),
+        "of which there are none",
+    ),
+    kind(
+        "a curvature for adapting that the program does not have",
+        "VaryingEffects",
+        lambda _: fits.fit(Laplace()).adapt(fits.new_tasks(), curvature="kronecker"),
+        "dense layers",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "a rank for adapting as large as φ",
+        "rank 2 with 1",
+        lambda _: fits.fit(Variational()).adapt(fits.new_tasks(), family="low_rank"),
+        "below the number of parameters",
+        error=UnsupportedModelError,
+    ),
     kind(
         "an unknown setting",
         "'step'",

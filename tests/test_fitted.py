@@ -1,7 +1,5 @@
 """What a fit promises: θ stays, the posterior of the fit is kept, seeds decide, fits resume."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -217,42 +215,6 @@ def test_other_data_of_known_tasks_are_adapted_to():
     assert found.support.same_data(fewer)
     torch.testing.assert_close(found.density.loc, fitted.adapt(fewer).density.loc)
     assert not torch.equal(found.density.loc, fitted.posterior.density.loc)
-
-
-def test_nuts_uses_the_rows_of_a_task_once():
-    """Adapting to what was fitted is the posterior of the fit, not a second use of its rows."""
-    fitted = fits.fitted("NUTS")
-    assert fitted.adapt(fitted.tasks) is fitted.posterior
-    # Beside a new task, a known one keeps the draws of the fit, in step with those of θ.
-    new = fits.new_tasks()
-    known = fitted.tasks.select(["c"])
-    mixed = Tasks.from_flat(
-        torch.cat([known.flat_x, new.flat_x]),
-        torch.cat([known.flat_y, new.flat_y]),
-        torch.cat([known.task, new.task + 1]),
-        3,
-        ids=known.ids + new.ids,
-        features=known.features,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = fitted.adapt(mixed)
-    position = fitted.tasks.position("c")
-    assert torch.equal(found.density.phi[:, 0], fitted.density.phi[:, position])
-    assert float(found.info["effective_draws"][0]) == pytest.approx(400)
-    alone = fits.adapted("NUTS", new).density
-    torch.testing.assert_close(found.density.log_weights[:, 1:], alone.log_weights)
-
-
-def test_nuts_warns_of_known_tasks_with_other_rows():
-    fitted = fits.fitted("NUTS")
-    fewer = fitted.tasks.select(["b"]).keep(torch.arange(9) < 4)
-    with pytest.warns(UserWarning, match="task 'b' was fitted with other rows"):
-        fitted.adapt(fewer)
-    # Without rows there is nothing to count twice.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*effective draws")
-        fitted.adapt(fewer.keep(torch.zeros(4, dtype=torch.bool)))
 
 
 # Level 1

@@ -24,14 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hbmeta.curvature import gradient_and_hessian
 from hbmeta.densities import Gaussian
-from hbmeta.errors import DataError, UnsupportedModelError
+from hbmeta.errors import UnsupportedModelError
 from hbmeta.inference.bayesian_gradient import BayesianGradient, Noise
 from hbmeta.inference.inner_optimizers import Leaves
 from hbmeta.normals import bounded, normal_kl
@@ -39,9 +39,6 @@ from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
 from hbmeta.triangular import cholesky
-
-if TYPE_CHECKING:
-    from hbmeta.fitted import Fitted
 
 _DENSE_AT_MOST = 64
 
@@ -115,6 +112,10 @@ class ABML(BayesianGradient):
         self.require_among("objective", ("elbo", "predictive"))
         self.require_among("learned_scale", (True, False))
 
+    def adaptable(self) -> tuple[str, ...]:
+        """Those of the steps, with their draws."""
+        return (*super().adaptable(), "draws")
+
     def check(self, problem: Problem) -> None:
         """A prior with a Gaussian expansion: curved in every coordinate, dense only if small."""
         size = problem.sites.phi_size
@@ -138,16 +139,6 @@ class ABML(BayesianGradient):
                     found=f"site {name!r}, whose prior is flat or has a kink there",
                     do="Give it a Normal or another smooth prior, or use BMAML or PLATIPUS.",
                 )
-
-    def compatible(self, fitted: Fitted) -> None:
-        """The factors of the prior's scale are there or not, as the fit has it."""
-        if self.learned_scale != (fitted.own is not None):
-            raise DataError(
-                f"{self.name}.adapt",
-                needed=f"learned_scale={fitted.own is not None}, as in the fit",
-                found=f"learned_scale={self.learned_scale}",
-                do="Fit anew with this setting, or leave it out.",
-            )
 
     def parameters(self, problem: Problem, tasks: Tasks, seed: int) -> nn.Module | None:
         """The factors of the prior's scale, if they are learned."""

@@ -69,6 +69,10 @@ class BayesianGradient(Strategy):
         self.require_among("reduction", ("mean", "sum"))
         self.require_among("optimizer", ("descent", "momentum", "adam"))
 
+    def adaptable(self) -> tuple[str, ...]:
+        """Those of the steps."""
+        return ("steps", "step_size", "reduction", "optimizer", "momentum")
+
     # -- checks of settings -----------------------------------------------------------------------
 
     def require_whole(self, name: str, least: int) -> None:
@@ -111,10 +115,6 @@ class BayesianGradient(Strategy):
         """Shapes of the standard normal draws that adapting takes; those of the loss by default."""
         return self.noise(problem, n_tasks)
 
-    def compatible(self, fitted: Fitted) -> None:
-        """Raises DataError where the settings ask for what the fit has not learned."""
-        return  # settings may change freely, unless a member says otherwise
-
     # -- what members share -----------------------------------------------------------------------
 
     def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Density:
@@ -123,7 +123,6 @@ class BayesianGradient(Strategy):
 
     def adapt(self, fitted: Fitted, support: Tasks, seed: int) -> TaskPosterior:
         """q(φ | S) of new tasks; `seed` is that of the random numbers, if there are any."""
-        self.compatible(fitted)
         problem = fitted.problem
         batch = problem.batch(support)
         noise = self._drawn(problem, batch, seed)

@@ -26,22 +26,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hbmeta.densities import Empirical
-from hbmeta.errors import DataError
 from hbmeta.inference.bayesian_gradient import BayesianGradient, Noise
 from hbmeta.inference.inner_optimizers import InnerOptimizer, Leaves, State, inner_optimizer
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Phi, Theta
 from hbmeta.stein import stein_direction
 from hbmeta.tasks import Tasks
-
-if TYPE_CHECKING:
-    from hbmeta.fitted import Fitted
 
 __all__ = ["BMAML"]
 
@@ -125,17 +121,6 @@ class BMAML(BayesianGradient):
         self.require_whole("leader_steps", 1)
         self.require_among("objective", ("chaser", "query"))
         self.require_number("spread", 0.0, math.inf)
-
-    def compatible(self, fitted: Fitted) -> None:
-        """As many particles as starts were learned."""
-        learned = getattr(fitted.strategy, "particles", None)
-        if self.particles != learned:
-            raise DataError(
-                f"{self.name}.adapt",
-                needed=f"particles={learned}, as in the fit, which learned where they start",
-                found=f"particles={self.particles}",
-                do="Fit anew with this setting, or leave it out.",
-            )
 
     def parameters(self, problem: Problem, tasks: Tasks, seed: int) -> nn.Module | None:
         """Where the particles start; one starts at the location of the task prior."""

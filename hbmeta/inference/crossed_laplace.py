@@ -147,7 +147,9 @@ def learn_crossed(
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(search.u)
 
     u, phi = factor.draw(normal(_KEPT, len(search.u)), normal(_KEPT, *search.phi.shape))
-    held = {key: value.expand(_KEPT, *value.shape) for key, value in psi.items()}
+    # Sites have draws, parameters of the module one value.
+    sites = {site.name for site in problem.sites.globals}
+    held = {k: v.expand(_KEPT, *v.shape) if k in sites else v for k, v in psi.items()}
     parts = zip(integrated, (search.u + u).split(search.sizes, -1), strict=True)
     theta = {**held, **{key: part.reshape(_KEPT, *search.shapes[key]) for key, part in parts}}
     return Learned(

@@ -31,7 +31,6 @@ from hbmeta.inference.moving import moving_sites, site_names
 from hbmeta.inference.recomputed import Recomputed
 from hbmeta.inference.strategy import Strategy
 from hbmeta.inference.work import Work
-from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Phi, Theta
 from hbmeta.tasks import Tasks
@@ -169,6 +168,11 @@ class GradientStrategy(Strategy):
         """Names of the local sites that move."""
         return moving_sites(problem, self.sites, self.name)
 
+    def adaptable(self) -> tuple[str, ...]:
+        """All but what training alone uses, and what learned step sizes belong to."""
+        names = ("steps", "step_size", "reduction", "optimizer", "momentum", "batches")
+        return names if self.learned_step in ("site", "parameter") else (*names, "sites")
+
     def check(self, problem: Problem) -> None:
         """Refuses sites that the program does not have."""
         self.moving(problem)
@@ -241,30 +245,6 @@ class GradientStrategy(Strategy):
                 problem, theta, own, support, start, state, number, history=history
             )
         return {**start, **dict(zip(names, state[0], strict=True))}
-
-    def adapt(self, fitted: Fitted, support: Tasks, seed: int) -> TaskPosterior:
-        """δ(φ_N) of new tasks.
-
-        Raises:
-            DataError: step sizes are asked for that the fit did not learn.
-        """
-        trained = fitted.strategy
-        if isinstance(trained, GradientStrategy):
-            now, then = self._learned(fitted.problem), trained._learned(fitted.problem)
-            if now != then:
-                raise DataError(
-                    f"{self.name}.adapt",
-                    needed="the step sizes that the fit learned, for the sites they belong to",
-                    found=", ".join(f"{k}={now[k]!r}" for k in now if now[k] != then.get(k)),
-                    do="Fit anew with these settings, or leave them out.",
-                )
-        return super().adapt(fitted, support, seed)
-
-    def _learned(self, problem: Problem) -> dict[str, Any]:
-        """What the step sizes of a fit were learned for."""
-        found = {"learned_step": self.learned_step, "per_step": self.per_step}
-        whole = self.learned_step in (None, "scalar")
-        return found if whole else {**found, "sites": self.moving(problem)}
 
     def posterior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> Delta:
         """δ(φ_N) per task; the location of the task prior for a task without support."""

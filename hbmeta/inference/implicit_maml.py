@@ -126,6 +126,10 @@ class ImplicitMAML(Strategy):
         if self.sites is not None:
             object.__setattr__(self, "sites", site_names(self.sites, self.name))
 
+    def adaptable(self) -> tuple[str, ...]:
+        """All settings."""
+        return tuple(self.settings())
+
     def moving(self, problem: Problem) -> tuple[str, ...]:
         """Names of the local sites that move."""
         return moving_sites(problem, self.sites, self.name)

@@ -29,6 +29,7 @@ from hbmeta.effects import refuse_scaled_effects, scaled_effects
 from hbmeta.errors import DataError
 from hbmeta.evidence import maximise_evidence
 from hbmeta.feeding import Needs, training_tasks
+from hbmeta.inference.adapting import adapt_to_draws
 from hbmeta.inference.approximation import approximate
 from hbmeta.inference.crossed_laplace import (
     check_integrated,
@@ -49,7 +50,6 @@ from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, MetaGradient, Options
-from hbmeta.variational import adapt_to_draws
 
 if TYPE_CHECKING:
     from hbmeta.fitted import Fitted
@@ -171,6 +171,11 @@ class Laplace(Strategy):
                 f"prior={self.prior!r}",
                 do="Leave them out.",
             )
+
+    def adaptable(self) -> tuple[str, ...]:
+        """What says how φ is expanded; nothing where the fit holds draws."""
+        names = ("curvature", "damping", "tolerance", "iterations", "sites")
+        return () if self.integrated else names
 
     def suited(self, problem: Problem, known: Tasks) -> Laplace:
         """With every effect that has a scale of its own integrated out, where settings allow."""
@@ -311,7 +316,7 @@ class Laplace(Strategy):
         without damping). Of a fit with `integrated`: draws, as of NUTS.
         """
         if fitted.drawn:
-            return adapt_to_draws(fitted, support, seed, self.name)
+            return adapt_to_draws(fitted, support, seed)
         problem, theta = fitted.problem, fitted.theta
         batch = problem.batch(support)
         with torch.no_grad():

@@ -35,7 +35,9 @@ from hbmeta.densities import Density, Empirical
 from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.evidence import observed_information
 from hbmeta.feeding import training_tasks
+from hbmeta.fitted import Fitted
 from hbmeta.importance import largest_k, pareto_smoothed
+from hbmeta.inference.adapting import adapt_to_draws
 from hbmeta.inference.laplace import Laplace
 from hbmeta.inference.nuts import require_priors
 from hbmeta.inference.strategy import Strategy
@@ -46,7 +48,6 @@ from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, Options, prior_scales
-from hbmeta.variational import adapt_to_draws
 
 _MOST_GLOBALS = 64
 # A curvature of the evidence below this share of the prior's is taken for it: where the data say
@@ -225,9 +226,9 @@ class NestedLaplace(Strategy):
         """p(φ | S, θ) at a point θ, by importance sampling from its expansion at the mode."""
         return conditional(problem, theta, support)[0]
 
-    def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
+    def adapt(self, fitted: Fitted, support: Tasks, seed: int) -> TaskPosterior:
         """Weighted draws of (θ, φ) for new tasks; tasks of the fit keep its draws."""
-        return adapt_to_draws(fitted, support, seed, self.name)
+        return adapt_to_draws(fitted, support, seed)
 
 
 @dataclass(frozen=True)

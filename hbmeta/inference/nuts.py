@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from hbmeta.chains import Chains, run_chains
-from hbmeta.conditional import conditional, conditional_over_draws, warn_of_proposals
+from hbmeta.conditional import conditional
 from hbmeta.densities import Density, Empirical
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.feeding import training_tasks
+from hbmeta.fitted import Fitted
+from hbmeta.inference.adapting import adapt_by_importance, adapt_to_draws
 from hbmeta.inference.strategy import Strategy
 from hbmeta.joint_density import (
     Potential,
@@ -42,7 +44,6 @@ from hbmeta.training import Learned, Options, show_progress
 
 __all__ = ["NUTS", "log_density", "require_priors", "staged_log_density"]
 
-_MOST_DRAWS_OF_THETA = 1000
 # The pilot that tells which parametrisation is better, at most; its trees are cut at 2^7 steps.
 _PILOT_DRAWS, _PILOT_WARMUP, _PILOT_DEPTH = 60, 150, 7
 
@@ -250,40 +251,10 @@ class NUTS(Strategy):
         """p(φ | S, θ) at a point θ, by importance sampling from its expansion at the mode."""
         return conditional(problem, theta, support)[0]
 
-    def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
+    def adapt(self, fitted: Fitted, support: Tasks, seed: int) -> TaskPosterior:
         """Weighted draws of (θ, φ) for new tasks; see the class."""
-        problem: Problem = fitted.problem
-        batch = problem.batch(support)
-        if not fitted.drawn:
-            density, info = conditional(problem, fitted.theta, batch, seed=seed)
-            warn_of_proposals(info, support.ids, "NUTS.adapt")
-            return TaskPosterior(
-                problem, fitted.theta, density, support, info=info, units=fitted.units
-            )
-        seen = fitted.saw(support)
-        if seen and all(seen):
-            posterior: TaskPosterior = fitted.posterior_of(support)
-            return posterior
-        _warn_of_known(fitted.tasks, support, seen)
-        names = [site.name for site in problem.sites.globals]
-        total = fitted.theta[names[0]].shape[0]
-        kept = torch.linspace(0, total - 1, min(total, _MOST_DRAWS_OF_THETA)).round().long()
-        theta = {k: v[kept] if k in names else v for k, v in fitted.theta.items()}
-        found, info = conditional_over_draws(problem, theta, batch, seed=seed)
-        warn_of_proposals(info, support.ids, "NUTS.adapt")
-        found = _with_draws_of_the_fit(found, fitted, support, seen, kept)
-        info["effective_draws"] = found.effective_draws
-        smallest = float(info["effective_draws"].min())
-        if not smallest >= 100:
-            worst = support.ids[int(info["effective_draws"].argmin())]
-            warnings.warn(
-                f"NUTS.adapt: task {worst!r} leaves {smallest:.0f} effective draws of θ; it says "
-                "much about θ that the fit did not know. Fit it together with the others.",
-                stacklevel=3,
-            )
-        return TaskPosterior(
-            problem, theta, found, support, drawn=True, info=info, units=fitted.units
-        )
+        adapt = adapt_to_draws if fitted.drawn else adapt_by_importance
+        return adapt(fitted, support, seed)
 
 
 def require_priors(problem: Problem, where: str) -> None:
@@ -297,40 +268,6 @@ def require_priors(problem: Problem, where: str) -> None:
             do="Make it a pyro.sample site, fix it with requires_grad_(False), or use "
             "AmortizedGuide.",
         )
-
-
-def _warn_of_known(known: Tasks, support: Tasks, seen: list[bool]) -> None:
-    """Draws of θ that saw rows of a task know them; more rows of it are more evidence to them."""
-    counts = support.counts.tolist()
-    other = [
-        i
-        for i, same, n in zip(support.ids, seen, counts, strict=True)
-        if n and not same and i in known.ids
-    ]
-    if other:
-        warnings.warn(
-            f"NUTS.adapt: task {other[0]!r} was fitted with other rows ({len(other)} such), so "
-            "these rows count on top of the fit's: rows that are in both count twice in θ, and φ "
-            "is drawn from these rows alone. Fit again with all rows; for the posterior of the "
-            "fit call fitted.posterior.select(ids); for another task of that name rename it.",
-            stacklevel=4,
-        )
-
-
-def _with_draws_of_the_fit(
-    found: Empirical, fitted: Any, support: Tasks, seen: list[bool], kept: Tensor
-) -> Empirical:
-    """Tasks that the fit saw with these rows keep its draws, whose weights are equal."""
-    positions = [k for k, same in enumerate(seen) if same]
-    if not positions:
-        return found
-    phi, log_weights = found.phi.clone(), found.log_weights
-    assert log_weights is not None
-    where = [fitted.tasks.position(support.ids[k]) for k in positions]
-    phi[:, positions] = fitted.density.phi[kept][:, where]
-    log_weights = log_weights.clone()
-    log_weights[:, positions] = 0.0
-    return Empirical(phi, log_weights)
 
 
 def _like(problem: Problem, draws: Tensor) -> Tensor:

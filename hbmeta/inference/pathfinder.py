@@ -16,11 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hbmeta.conditional import conditional, warn_of_proposals
+from hbmeta.conditional import conditional
 from hbmeta.densities import Density, Empirical
 from hbmeta.errors import DataError
 from hbmeta.feeding import training_tasks
+from hbmeta.fitted import Fitted
 from hbmeta.importance import largest_k
+from hbmeta.inference.adapting import adapt_by_importance, adapt_to_draws
 from hbmeta.inference.nuts import require_priors
 from hbmeta.inference.strategy import Strategy
 from hbmeta.joint_density import check_gradient, staged_log_density, unpack
@@ -32,7 +34,6 @@ from hbmeta.program import Batch, Theta
 from hbmeta.starts import spread_starts
 from hbmeta.tasks import Tasks
 from hbmeta.training import Learned, Options
-from hbmeta.variational import adapt_to_draws
 
 __all__ = ["Pathfinder"]
 
@@ -154,11 +155,7 @@ class Pathfinder(Strategy):
         """p(φ | S, θ) at a point θ, by importance sampling from its expansion at the mode."""
         return conditional(problem, theta, support)[0]
 
-    def adapt(self, fitted: Any, support: Tasks, seed: int) -> TaskPosterior:
+    def adapt(self, fitted: Fitted, support: Tasks, seed: int) -> TaskPosterior:
         """Weighted draws of (θ, φ) for new tasks; tasks of the fit keep its draws."""
-        if fitted.drawn:
-            return adapt_to_draws(fitted, support, seed, self.name)
-        problem: Problem = fitted.problem
-        density, info = conditional(problem, fitted.theta, problem.batch(support), seed=seed)
-        warn_of_proposals(info, support.ids, f"{self.name}.adapt")
-        return TaskPosterior(problem, fitted.theta, density, support, info=info, units=fitted.units)
+        adapt = adapt_to_draws if fitted.drawn else adapt_by_importance
+        return adapt(fitted, support, seed)

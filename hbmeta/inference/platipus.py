@@ -95,6 +95,10 @@ class PLATIPUS(BayesianGradient):
         self.require_number("posterior_step", 0.0, math.inf)
         self.require_number("spread", 0.0, math.inf, above=True)
 
+    def adaptable(self) -> tuple[str, ...]:
+        """Those of the steps, and of where particles start."""
+        return (*super().adaptable(), "particles", "prior_step")
+
     def parameters(self, problem: Problem, tasks: Tasks, seed: int) -> nn.Module:
         """Scales of the start and factors of γ."""
         return _Laws(problem.sites.phi_size, self.spread)

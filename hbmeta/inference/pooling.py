@@ -57,6 +57,10 @@ class NoPooling(Strategy):
 
     iterations: int = 60
 
+    def adaptable(self) -> tuple[str, ...]:
+        """All settings."""
+        return tuple(self.settings())
+
     def check(self, problem: Problem) -> None:
         """Few enough parameters per task for a dense curvature."""
         if problem.sites.phi_size > _DENSE_LIMIT:

@@ -57,6 +57,10 @@ class ProtoNet(Strategy):
 
     plug_in: bool = True
 
+    def adaptable(self) -> tuple[str, ...]:
+        """All settings."""
+        return tuple(self.settings())
+
     def check(self, problem: Problem) -> None:
         """A class-conditional program, quadratic in φ with a diagonal curvature."""
         if problem.classes is None:

@@ -83,6 +83,10 @@ class Quadrature(Strategy):
                 do="Leave it out; raise it where the posterior is much narrower than the prior.",
             )
 
+    def adaptable(self) -> tuple[str, ...]:
+        """The grid."""
+        return ("nodes",)
+
     def check(self, problem: Problem) -> None:
         """Few parameters per task."""
         if problem.sites.phi_size > _MOST:

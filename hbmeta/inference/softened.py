@@ -111,9 +111,14 @@ class Softened(Strategy):
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return own | {"base": {"name": self.base.name, "settings": self.base.settings()}}
 
+    def adaptable(self) -> tuple[str, ...]:
+        """All but the base itself, and what the base says of its own."""
+        own = [f.name for f in dataclasses.fields(self) if f.name != "base"]
+        return (*own, *self.base.adaptable())
+
     def replaced(self, **overrides: Any) -> Strategy:
         """With other settings, of the base too."""
-        own = {f.name for f in dataclasses.fields(self)}
+        own = {f.name for f in dataclasses.fields(self)} - {"base"}
         mine = {name: value for name, value in overrides.items() if name in own}
         base = self.base.replaced(**{k: v for k, v in overrides.items() if k not in own})
         return dataclasses.replace(self, **{"base": base, **mine})
@@ -161,8 +166,7 @@ class Softened(Strategy):
         To the info of the base come, per task, "damping", "positive" (whether Λ was positive
         definite without damping) and "slope": ‖∇f‖ at φ̂, 0 at a mode of the log joint f.
         """
-        before = fitted.strategy.base if isinstance(fitted.strategy, Softened) else self.base
-        found = self.base.adapt(dataclasses.replace(fitted, strategy=before), support, seed)
+        found = self.base.adapt(fitted, support, seed)
         batch = fitted.problem.batch(support)
         where = f"{self.name}({self.base.name}).adapt"
         density, info = self.around(

@@ -105,6 +105,10 @@ class StochasticGradientStrategy(Strategy):
 
     # -- what nobody overrides --------------------------------------------------------------------
 
+    def adaptable(self) -> tuple[str, ...]:
+        """All settings."""
+        return tuple(self.settings())
+
     def check(self, problem: Problem) -> None:
         """Mini-batches need points that are independent given φ."""
         if self.rows is not None and problem.layout == "joint":

@@ -79,18 +79,28 @@ class Strategy(abc.ABC):
         """The settings, as JSON can hold them."""
         return dataclasses.asdict(self)
 
+    def adaptable(self) -> tuple[str, ...]:
+        """Names of the settings that `adapt` uses and may change for a call; none by default."""
+        return ()
+
     def replaced(self, **overrides: Any) -> Strategy:
-        """The strategy with other settings; unknown names raise."""
-        known = [f.name for f in dataclasses.fields(self)]
-        unknown = [name for name in overrides if name not in known]
-        if unknown:
+        """The strategy with other settings for a call of `adapt`.
+
+        Raises:
+            DataError: a setting that is unknown, or that belongs to the fit.
+        """
+        able = self.adaptable()
+        name = next((name for name in overrides if name not in able), None)
+        if name is not None:
+            known = name in [f.name for f in dataclasses.fields(self)]
             raise DataError(
-                self.name,
-                needed=f"settings among {known}",
-                found=repr(unknown[0]),
-                do="Correct the name.",
+                f"{self.name}.adapt",
+                needed="settings that adapting can change, "
+                + (f"among {', '.join(map(repr, able))}" if able else "of which there are none"),
+                found=f"{name}={overrides[name]!r}" if known else repr(name),
+                do="Leave it out, or fit anew with it." if known else "Correct the name.",
             )
-        return dataclasses.replace(self, **overrides) if overrides else self
+        return dataclasses.replace(self, **overrides)
 
     # -- what an author writes ------------------------------------------------------------------
 

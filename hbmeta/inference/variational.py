@@ -27,6 +27,7 @@ from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.families import Diagonal, Family, FlowFamily, Frame, FullRank, LowRankFamily
 from hbmeta.feeding import training_tasks
 from hbmeta.fitted import Fitted
+from hbmeta.inference.adapting import adapt_to_draws
 from hbmeta.inference.amortized_guide import AmortizedGuide, require_proper_prior
 from hbmeta.inference.crossed_laplace import refuse_effects_at_a_point
 from hbmeta.inference.strategy import Strategy
@@ -40,7 +41,6 @@ from hbmeta.variational import (
     Bound,
     JointDensity,
     LocalSearch,
-    adapt_to_draws,
     as_frame,
     learn_distribution,
     learn_point,
@@ -172,9 +172,21 @@ class Variational(Strategy):
                 do="Use theta='point', or NUTS.",
             )
 
+    def adaptable(self) -> tuple[str, ...]:
+        """What says how q of a task is found; nothing where the fit holds draws."""
+        if self.theta == "distribution":
+            return ()
+        return tuple(n for n in self.settings() if n not in ("theta", "amortized", "encoder"))
+
     def suited(self, problem: Problem, known: Tasks) -> Strategy:
-        """Itself; effects with a scale of their own want θ as a distribution."""
-        return super().suited(problem, known) if self.theta == "point" else self
+        """With the encoder written down; effects with a scale of their own want q(θ)."""
+        if self.theta == "point":
+            super().suited(problem, known)
+        if not self.amortized or self.encoder is not None:
+            return self
+        # The encoder is that of the fit, whichever family adapts.
+        full = self.gaussian(problem).full_frame
+        return dataclasses.replace(self, encoder={"covariance": "full" if full else "diagonal"})
 
     def check(self, problem: Problem) -> None:
         """A task prior that is a density, and a family that φ is neither too long nor short for."""
@@ -235,10 +247,9 @@ class Variational(Strategy):
             step_size=self.step_size,
         )
 
-    def _guide(self, problem: Problem) -> AmortizedGuide:
-        full = self.gaussian(problem).full_frame
-        default = {"covariance": "full" if full else "diagonal"}
-        return AmortizedGuide(**(self.encoder or default))
+    @property
+    def _guide(self) -> AmortizedGuide:
+        return AmortizedGuide(**(self.encoder or {}))
 
     def parameters(self, problem: Problem, tasks: Tasks, seed: int) -> nn.Module | None:
         """The encoder, where q starts at its answer; the joint density, where θ has one."""
@@ -246,7 +257,7 @@ class Variational(Strategy):
             return JointDensity.empty(problem, tasks.n_tasks, self.gaussian(problem))
         if not self.amortized:
             return None
-        return self._guide(problem).parameters(problem, tasks, seed)
+        return self._guide.parameters(problem, tasks, seed)
 
     # -- q of a task, θ held ----------------------------------------------------------------------
 
@@ -261,7 +272,7 @@ class Variational(Strategy):
         Where θ is a distribution: draws of (θ, φ) with the weight p(S_new | θ), as NUTS's.
         """
         if fitted.drawn:
-            return adapt_to_draws(fitted, support, seed, self.name)
+            return adapt_to_draws(fitted, support, seed)
         problem, theta = fitted.problem, fitted.theta
         batch = problem.batch(support)
         frame = self._start(problem, theta, fitted.own, batch)
@@ -276,7 +287,7 @@ class Variational(Strategy):
         if own is None:
             return prior_frame(problem, theta, batch, full=full)
         with torch.no_grad():
-            answer = self._guide(problem).posterior(problem, theta, own, batch)
+            answer = self._guide.posterior(problem, theta, own, batch)
         return as_frame(answer.detach(), full=full)
 
     def _warn(self, info: dict[str, Tensor], ids: tuple[Any, ...], where: str) -> None:
@@ -304,7 +315,7 @@ class Variational(Strategy):
             DataError: a source of tasks, of which every one would have a λ_i of its own.
         """
         if self.amortized:
-            return train(self._guide(problem), problem, data, options)
+            return train(self._guide, problem, data, options)
         if not isinstance(data, Tasks | Episode | TaskSet):
             raise DataError(
                 f"{self.name}.fit",

@@ -10,7 +10,7 @@ training      Adam on minibatches of tasks, with fresh noise
 distributed   fits of the joint guide, as draws
 """
 
-from hbmeta.variational.distributed import JointDensity, adapt_to_draws, learn_distribution
+from hbmeta.variational.distributed import JointDensity, learn_distribution
 from hbmeta.variational.frames import as_frame, prior_frame
 from hbmeta.variational.joint_guide import JointGuide
 from hbmeta.variational.local import LocalSearch
@@ -25,7 +25,6 @@ __all__ = [
     "JointGuide",
     "LocalSearch",
     "PointGuide",
-    "adapt_to_draws",
     "as_frame",
     "learn_distribution",
     "learn_point",

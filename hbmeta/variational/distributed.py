@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hbmeta.conditional import conditional_over_draws, warn_of_proposals
 from hbmeta.densities import Empirical, Gaussian
 from hbmeta.families import Family, Frame
 from hbmeta.movement import Moving
-from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch
 from hbmeta.tasks import Tasks
@@ -32,7 +30,7 @@ _FIRST = 20
 # q(θ) starts this much narrower than p(θ), on the log scale: under a wide p(θ) programs overflow.
 _NARROW = -2.0
 
-__all__ = ["JointDensity", "adapt_to_draws", "learn_distribution"]
+__all__ = ["JointDensity", "learn_distribution"]
 
 
 class JointDensity(nn.Module):
@@ -179,31 +177,3 @@ def _bound(
     with torch.no_grad():
         losses, prior = guide.terms(shared, rows, frame, batch, noise, fixed=fixed)
     return -float(losses.sum() + prior)
-
-
-def adapt_to_draws(fitted: Any, support: Tasks, seed: int, name: str) -> TaskPosterior:
-    """φ of new tasks for each draw of θ, with the weight p(S_new | θ) of each draw.
-
-    Tasks that the fit saw with the very same rows keep its own draws, whose weights are equal: its
-    draws of θ know their rows.
-    """
-    problem: Problem = fitted.problem
-    seen = fitted.saw(support)
-    if seen and all(seen):
-        posterior: TaskPosterior = fitted.posterior_of(support)
-        return posterior
-    batch = problem.batch(support)
-    found, info = conditional_over_draws(problem, fitted.theta, batch, seed=seed)
-    warn_of_proposals(info, support.ids, f"{name}.adapt")
-    assert found.log_weights is not None
-    phi, log_weights = found.phi.clone(), found.log_weights.clone()
-    for position, same in enumerate(seen):
-        if same:
-            where = fitted.tasks.position(support.ids[position])
-            phi[:, position] = fitted.density.phi[:, where]
-            log_weights[:, position] = 0.0
-    density = Empirical(phi, log_weights)
-    info["effective_draws"] = density.effective_draws
-    return TaskPosterior(
-        problem, fitted.theta, density, support, drawn=True, info=info, units=fitted.units
-    )

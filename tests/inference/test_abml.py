@@ -208,7 +208,7 @@ def test_learned_scale_is_of_the_start_and_of_the_prior():
     factor = float((12 * torch.tanh(raw.detach() / 12)).exp())
     none = tasks.keep(torch.zeros(tasks.n_points, dtype=torch.bool))
     np.testing.assert_allclose(fitted.adapt(none).density.scale, factor, rtol=1e-12)
-    with pytest.raises(DataError, match="learned_scale=True, as in the fit"):
+    with pytest.raises(DataError, match="found learned_scale=False"):
         fitted.adapt(tasks, learned_scale=False)
 
 

@@ -226,5 +226,5 @@ def test_particles_that_start_together_stay_finite():
 
 def test_starts_are_learned_for_so_many_particles():
     fitted = fit(BMAML(particles=3), "varying_intercepts", steps=1)
-    with pytest.raises(DataError, match="particles=3, as in the fit"):
+    with pytest.raises(DataError, match=r"adapting can change, among .* found particles=4"):
         fitted.adapt(case("varying_intercepts").tasks, particles=4)

@@ -168,7 +168,7 @@ def test_less_damping_moves_further():
     ],
 )
 def test_step_sizes_that_were_not_learned_are_refused(name, settings):
-    with pytest.raises(DataError, match="the step sizes that the fit learned"):
+    with pytest.raises(DataError, match="settings that adapting can change"):
         fitted(name).adapt(HELD_OUT.support, **settings)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hbmeta
-from hbmeta.errors import FileError
+from hbmeta.errors import DataError, FileError
 from hbmeta.families import Flow, LowRank
 from hbmeta.inference import AmortizedGuide, ExactLinear, Variational
 from hbmeta.tasks import Tasks
@@ -364,6 +364,18 @@ def test_a_fit_may_be_amortized_from_the_start(tmp_path):
     again = hbmeta.load(tmp_path / "fit.safetensors", model=case("two_coefficients").program)
     assert again.strategy == strategy
     torch.testing.assert_close(again.adapt(tasks).density.loc, fitted.adapt(tasks).density.loc)
+
+
+@pytest.mark.filterwarnings("ignore:AmortizedGuide. theta was still moving")
+def test_the_encoder_is_that_of_the_fit_in_every_family():
+    fitted = fit(Variational(amortized=True, family="full", steps=0), "two_coefficients", steps=5)
+    tasks = case("two_coefficients").tasks
+    full, diagonal = fitted.adapt(tasks).density, fitted.adapt(tasks, family="diagonal").density
+    assert full.scale.ndim == 3
+    assert diagonal.scale.ndim == 2
+    assert torch.equal(full.loc, diagonal.loc)
+    with pytest.raises(DataError, match="found encoder="):
+        fitted.adapt(tasks, encoder={"covariance": "diagonal"})
 
 
 # Files, seeds and what cannot be
