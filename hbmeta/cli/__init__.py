@@ -1,4 +1,4 @@
-"""The command line: `compare` fits and judges, `predict` uses what it kept, `certify` bounds."""
+"""The command line: `compare` fits, `diagnose` judges, `predict` uses, `certify` bounds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from hbmeta.cli import sources
 from hbmeta.cli.arguments import parser, refuse
 from hbmeta.cli.certifying import certify
+from hbmeta.cli.diagnosing import diagnose
 from hbmeta.cli.predicting import predict
 from hbmeta.cli.runs import keep
 from hbmeta.comparison import Comparison, compare
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings(), _one_thread():
             if arguments.command == "predict":
                 predict(arguments)
+            elif arguments.command == "diagnose":
+                diagnose(arguments, _say)
             elif arguments.command == "certify":
                 _can_write(arguments.out)
                 return certify(arguments)

@@ -23,6 +23,7 @@ _EXAMPLES = """examples:
   hbmeta compare schools.csv --group school --x age,sex --y score --varying intercept,age --json
   hbmeta compare "score ~ age + (1 + age | school)" schools.csv --out run
   hbmeta compare model:program schools.csv --group school --x age --y score --out run
+  hbmeta diagnose run
   hbmeta predict run new.csv --out predictions.csv
 """
 INTERCEPT = "intercept"
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"hbmeta {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _compare(commands)
+    _diagnose(commands)
     _predict(commands)
     _certify(commands)
     return whole
@@ -138,10 +140,32 @@ def _compare(commands: Any) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="folder for the fits (see predict), tables, draws, figures",
+        help="folder for the fits (see diagnose and predict), tables, draws, figures",
     )
     run.add_argument("--json", action="store_true", help="print JSON in place of tables")
     run.add_argument("--compile", default="auto", help=argparse.SUPPRESS)
+
+
+def _diagnose(commands: Any) -> None:
+    """Judge what was fitted."""
+    command = commands.add_parser(
+        "diagnose",
+        help="say which fits that compare --out kept have a right posterior, and what is wrong",
+        description="Judges the posterior of the groups that were fitted on without a reference "
+        "at hand: it makes one, checks it, and holds every parameter against it. One line per "
+        "fit, then all about the first one that is not right.",
+    )
+    command.add_argument("run", metavar="RUN", type=Path, help="folder that compare --out wrote")
+    command.add_argument("--strategy", metavar="NAME", help="this fit alone (all of the run)")
+    command.add_argument("--out", metavar="FILE.json", type=Path, help="all of it as JSON, by fit")
+    command.add_argument(
+        "--reference",
+        choices=("auto", "nested", "nuts", "none"),
+        default="auto",
+        help="what to judge by: nested Laplace, NUTS, or the fit's own diagnostics alone (auto: "
+        "the cheapest that can be relied on)",
+    )
+    command.add_argument("--seed", type=_seed, default=0, help="of the reference (0)")
 
 
 def _predict(commands: Any) -> None:
