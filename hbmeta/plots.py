@@ -182,7 +182,8 @@ def shrinkage(
     axes = figure.subplots(len(chosen), 1, sharex=True, squeeze=False)[:, 0]
     for number, (axis, c) in enumerate(zip(axes, chosen, strict=True)):
         own = _summary(alone, site, c, interval, draws, seed)[0]
-        _pooling(axis, own[order], *(values[order] for values in found[number]), interval)
+        mean, low, high = found[number]
+        _pooling(axis, own[order], mean[order], low[order], high[order], interval)
         if complete_pooling is not None:
             same = _summary(complete_pooling, site, c, interval, draws, seed)[0].mean()
             colour, _ = STYLES["completepooling"]
