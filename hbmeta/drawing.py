@@ -66,9 +66,13 @@ def coordinate_values(
 
 
 def coordinate_name(site: str, coordinate: int, posterior: TaskPosterior) -> str:
-    """What a coordinate is called on an axis."""
+    """What a coordinate is called on an axis: by the model's own name for it, else its index."""
     sites = (*posterior.problem.sites.locals, *posterior.problem.sites.deterministic_local)
     size = next(math.prod(s.shape) for s in sites if s.name == site)
+    named: dict[str, list[str]] = getattr(posterior.problem.program, "coordinates", dict)()
+    names = named.get(site, [])
+    if len(names) == size:
+        return f"{site}[{names[coordinate]}]"
     return site if size == 1 else f"{site}[{coordinate}]"
 
 

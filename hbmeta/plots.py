@@ -7,14 +7,14 @@ save one: `with hbmeta.files.atomic("forest.png") as path: figure.savefig(path)`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from hbmeta.drawing import common_site, coordinate_name, coordinate_values, draw_loss
 from hbmeta.errors import DataError
@@ -27,6 +27,8 @@ from hbmeta.styles import GREY, STYLES, styled, styles_of
 __all__ = ["forest", "loss", "scores", "shrinkage"]
 
 _ROWS_PER_COLUMN = 45
+# Tasks that have room for their names below an axis.
+_NAMED = 30
 
 Floats = npt.NDArray[np.float64]
 
@@ -123,28 +125,29 @@ def shrinkage(
     complete_pooling: TaskPosterior | None,
     pooled: TaskPosterior,
     site: str | None = None,
-    coordinate: int = 0,
+    coordinate: int | Sequence[int] = 0,
     interval: float = 0.9,
     *,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     draws: int = 4000,
     seed: int = 0,
 ) -> Figure:
-    """How far pooling moves the estimate of each task, against its number of support points.
+    """Partial pooling: how far each task's estimate moves from its own towards that of all.
 
-    A thin line leads from each task's own estimate to the partially pooled one. Tasks of the same
-    size are set side by side. Own estimates that run away (a task of one point) do not squeeze the
-    axis: an arrow at its edge stands for each. Tasks without support are left out. The effect of
-    columns that are constant within tasks is part of a task's own estimate.
+    A thin line leads from each task's own estimate to the partially pooled one. Tasks stand in the
+    order of their number of support points and, within it, of the pooled mean of the first
+    coordinate. Own estimates that run away (a task of one point) do not squeeze the axis: an arrow
+    at its edge stands for each. Tasks without support are left out. The effect of columns that are
+    constant within tasks is part of a task's own estimate.
 
     Args:
         no_pooling: each task alone (`NoPooling`).
         complete_pooling: one φ for all (`CompletePooling`), drawn as a line; None leaves it out.
         pooled: the hierarchical posterior, of the same tasks.
         site: local site; by default the first that all have in common, computed ones first.
-        coordinate: index into the flattened site.
+        coordinate: index into the flattened site; several have a panel each.
         interval: probability of the central intervals of `pooled`.
-        label: what the coordinate is called on the axis.
+        label: what the coordinate is called on the axis; one for each of several.
         draws: draws behind each interval.
         seed: of those draws.
     Raises:
@@ -159,42 +162,45 @@ def shrinkage(
             do="Use posterior.select(ids).",
         )
     site = common_site(every, site, "shrinkage")
+    chosen = [coordinate] if isinstance(coordinate, int) else list(coordinate)
+    named = [label] if label is None or isinstance(label, str) else list(label)
     counts = pooled.support.counts.cpu().numpy()
     used = np.flatnonzero(counts > 0)
-    if not len(used):
+    if not len(used) or not chosen:
         raise DataError(
-            "shrinkage", needed="a task with support", found="none", do="Adapt to data first."
+            "shrinkage",
+            needed="a task with support, and a coordinate",
+            found=f"{len(used)} tasks with support, {len(chosen)} coordinates",
+            do="Adapt to data first; leave coordinate out for the first.",
         )
-    mean, low, high = _summary(pooled, site, coordinate, interval, draws, seed)
-    alone = _summary(no_pooling.select(pooled.ids), site, coordinate, interval, draws, seed)[0]
-    x = _side_by_side(counts[used], mean[used])
-    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
-    axis = figure.subplots()
-    axis.vlines(x, mean[used], alone[used], color=GREY, lw=0.5, zorder=1)
-    grey, _ = STYLES["nopooling"]
-    axis.plot(
-        x, alone[used], "o", mfc="white", mec=grey, mew=0.7, ms=3.2, label="no pooling", zorder=2
+    alone, found = no_pooling.select(pooled.ids), list[tuple[Floats, Floats, Floats]]()
+    for c in chosen:
+        found.append(_summary(pooled, site, c, interval, draws, seed))
+    order = used[np.lexsort((found[0][0][used], counts[used]))]
+    height = 3.4 if len(chosen) == 1 else 2.1 * len(chosen) + 0.9
+    figure = Figure(figsize=(6.0, height), layout="constrained")
+    axes = figure.subplots(len(chosen), 1, sharex=True, squeeze=False)[:, 0]
+    for number, (axis, c) in enumerate(zip(axes, chosen, strict=True)):
+        own = _summary(alone, site, c, interval, draws, seed)[0]
+        mean, low, high = found[number]
+        _pooling(axis, own[order], mean[order], low[order], high[order], interval)
+        if complete_pooling is not None:
+            same = _summary(complete_pooling, site, c, interval, draws, seed)[0].mean()
+            colour, _ = STYLES["completepooling"]
+            axis.axhline(
+                same, color=colour, lw=1.0, ls=(0, (4, 2)), label="complete pooling", zorder=1
+            )
+        axis.set_ylabel(named[number] if number < len(named) and named[number] else
+                        coordinate_name(site, c, pooled))  # fmt: skip
+    _name_tasks(axes[-1], [str(pooled.ids[i]) for i in order], counts[order])
+    handles = {one.get_label(): one for axis in axes for one in axis.get_legend_handles_labels()[0]}
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="outside upper center",
+        ncols=4,
+        markerscale=1 / _size_of_marks(len(order)),
     )
-    _clip(axis, x, alone[used], np.concatenate([low[used], high[used], mean[used]]), grey)
-    blue, _ = STYLES["amortized"]
-    axis.vlines(x, low[used], high[used], color=blue, lw=0.8, alpha=0.6, zorder=3)
-    text = (
-        f"partial pooling, {100 * interval:g} % interval"
-        if (high > low).any()
-        else "partial pooling"
-    )
-    axis.plot(x, mean[used], "o", color=blue, ms=2.8, mew=0, label=text, zorder=4)
-    if complete_pooling is not None:
-        same = _summary(complete_pooling, site, coordinate, interval, draws, seed)[0].mean()
-        colour, _ = STYLES["completepooling"]
-        axis.axhline(same, color=colour, lw=1.0, ls=(0, (4, 2)), label="complete pooling", zorder=1)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("support points in the task")
-    axis.set_ylabel(label or coordinate_name(site, coordinate, pooled))
-    figure.legend(loc="outside upper center", ncols=4)
     return figure
 
 
@@ -323,15 +329,55 @@ def _summary(
     return mean[:, coordinate].numpy(), low.numpy(), high.numpy()
 
 
-def _side_by_side(counts: Floats, order: Floats) -> Floats:
-    """Places on a log axis that set tasks of the same size beside each other, sorted."""
-    x = counts.astype(float)
-    sizes = np.unique(x)
-    for size in sizes:
-        same = np.flatnonzero(x == size)
-        if len(same) > 1:
-            # At most 0.42 of the way (in logs) to the neighbouring whole numbers.
-            room = 0.42 * math.log((size + 1) / size)
-            ranks = np.argsort(np.argsort(order[same], kind="stable"), kind="stable")
-            x[same] = size * np.exp(room * (2 * ranks / (len(same) - 1) - 1))
-    return x
+def _pooling(
+    axis: Axes, alone: Floats, mean: Floats, low: Floats, high: Floats, interval: float
+) -> None:
+    """Own and pooled estimates of tasks side by side; marks get smaller where there are many."""
+    x = np.arange(len(mean), dtype=float)
+    size = _size_of_marks(len(x))
+    axis.vlines(x, mean, alone, color=GREY, lw=0.5, zorder=1)
+    grey, _ = STYLES["nopooling"]
+    axis.plot(
+        x, alone, "o", mfc="white", mec=grey, mew=0.7 * size, ms=3.2 * size, label="no pooling",
+        zorder=2,
+    )  # fmt: skip
+    _clip(axis, x, alone, np.concatenate([low, high, mean]), grey)
+    blue, _ = STYLES["amortized"]
+    axis.vlines(x, low, high, color=blue, lw=0.8 * size, alpha=0.6, zorder=3)
+    text = "partial pooling"
+    if (high > low).any():
+        text += f", {100 * interval:g} % interval"
+    axis.plot(x, mean, "o", color=blue, ms=2.8 * size, mew=0, label=text, zorder=4)
+
+
+def _size_of_marks(n_tasks: int) -> float:
+    return min(1.0, math.sqrt(100 / n_tasks))
+
+
+def _name_tasks(axis: Axes, names: list[str], counts: npt.NDArray[np.int64]) -> None:
+    """Few tasks by name; of many, how many points the tasks of a stretch have."""
+    last, same = len(names) - 1, counts[0] == counts[-1]
+    axis.set_xlim(-0.02 * last - 0.5, 1.02 * last + 0.5)
+    points = f"{counts[0]} support points in each task" if same else "support points in the task"
+    if len(names) <= _NAMED:
+        short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+        shown = short if same else [f"{n} ({k})" for n, k in zip(short, counts, strict=True)]
+        axis.set_xticks(range(len(names)), shown, rotation=90)
+        axis.set_xlabel(points if same else f"task ({points})")
+        return
+    if same:
+        axis.set_xticks([])
+        axis.set_xlabel(f"{len(names)} tasks, {points}")
+        return
+    sizes, first = np.unique(counts, return_index=True)
+    ends = np.append(first[1:], len(counts)) - 1
+    ticks: list[tuple[float, str]] = []
+    for size, start, stop in zip(sizes, first, ends, strict=True):
+        middle = (start + stop) / 2
+        # Labels of sizes that few tasks have would run into each other.
+        if not ticks or middle - ticks[-1][0] > 0.04 * len(counts):
+            ticks.append((middle, str(size)))
+    axis.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
+    axis.set_xticks(first[1:] - 0.5, minor=True)
+    axis.tick_params(axis="x", which="major", length=0)
+    axis.set_xlabel(f"{points}: {len(names)} tasks in this order")

@@ -112,7 +112,6 @@ ORDER = [
     "panels",
     "study",
     "studies",
-    "certify_command",
     "cli",
 ]
 

@@ -54,7 +54,7 @@ def test_forest_shows_the_means_in_the_order_of_the_reference(posteriors):
     assert labels == [posteriors["exact"].ids[i] for i in order[::-1]]
     x, y = drawn(figure, "exact")
     np.testing.assert_allclose(x[np.argsort(y)], mean[order])
-    assert figure.axes[0].get_xlabel() == "coefficients[1]"
+    assert figure.axes[0].get_xlabel() == "coefficients[x]"
     other = posteriors["maml"].moments()["coefficients"][0][:, 1].numpy()
     x, y = drawn(figure, "maml")
     np.testing.assert_allclose(x[np.argsort(y)], other[order], rtol=1e-6)
@@ -91,15 +91,41 @@ def test_shrinkage_leads_from_each_tasks_estimate_to_the_pooled_one(posteriors):
     x, own = drawn(figure, "no pooling")
     again, pooled = drawn(figure, "partial pooling, 90 % interval")
     np.testing.assert_array_equal(x, again)
-    expected = posteriors["no_pooling"].moments()["coefficients"][0][:, 0].numpy()
-    np.testing.assert_allclose(own, expected, rtol=1e-6)
-    expected = posteriors["exact"].moments()["coefficients"][0][:, 0].numpy()
-    np.testing.assert_allclose(pooled, expected, rtol=1e-6)
+    np.testing.assert_array_equal(x, np.arange(5))
     counts = posteriors["exact"].support.counts.numpy()
-    assert (np.abs(np.log(x / counts)) < np.log((counts + 1) / counts) / 2).all()
-    assert len(set(x)) == len(x)
-    assert figure.axes[0].get_xscale() == "log"
+    expected = posteriors["exact"].moments()["coefficients"][0].numpy()
+    # By their number of points; tasks of as many points by their pooled mean.
+    order = np.lexsort((expected[:, 0], counts))
+    np.testing.assert_allclose(pooled, expected[order, 0], rtol=1e-6)
+    alone = posteriors["no_pooling"].moments()["coefficients"][0].numpy()
+    np.testing.assert_allclose(own, alone[order, 0], rtol=1e-6)
+    labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert labels == [f"{posteriors['exact'].ids[i]} ({counts[i]})" for i in order]
+    assert figure.axes[0].get_ylabel() == "coefficients[intercept]"
+    figure = plots.shrinkage(*(posteriors[name] for name in names), coordinate=[0, 1])
+    assert len(figure.axes) == 2
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].get_lines()}
+    # The tasks stand in the order of the first panel.
+    np.testing.assert_allclose(lines["no pooling"], alone[order, 1], rtol=1e-6)
     plots.shrinkage(posteriors["no_pooling"], None, posteriors["maml"], coordinate=1)
+
+
+def test_shrinkage_of_many_tasks_says_how_many_points_each_has(fits):
+    random = np.random.default_rng(0)
+    counts = np.repeat([1, 2, 3, 7], [95, 2, 2, 101])
+    group = np.repeat(np.arange(200), counts)
+    x, y = random.normal(size=(2, len(group)))
+    many = tasks.Tasks.from_flat(x[:, None], y, group, 200, features=["x"])
+    figure = plots.shrinkage(fits["no_pooling"].adapt(many), None, fits["exact"].adapt(many))
+    axis = figure.axes[0]
+    ticks = [(t.get_position()[0], t.get_text()) for t in axis.get_xticklabels()]
+    # The label of three points would run into that of two.
+    assert ticks == [(47.0, "1"), (95.5, "2"), (149.0, "7")]
+    assert list(axis.get_xticks(minor=True)) == [94.5, 96.5, 98.5]
+    (mark,) = {x.get_markersize() for x in axis.get_lines() if "partial" in x.get_label()}
+    assert mark == pytest.approx(2.8 / 2**0.5)
+    text = figure.legends[0].get_lines()
+    assert text[0].get_markersize() == pytest.approx(3.2)
 
 
 def test_a_runaway_estimate_does_not_squeeze_shrinkage(posteriors):
@@ -116,12 +142,15 @@ def test_a_runaway_estimate_does_not_squeeze_shrinkage(posteriors):
     assert low < others.min() < others.max() < high
     assert high - low < 4 * np.ptp([*quiet.get_ylim()])
     x, _ = drawn(figure, "no pooling")
+    # "b" and "d" stand where their number of points puts them.
+    counts = posteriors["exact"].support.counts.numpy()
+    place = np.argsort(np.lexsort((others, counts)))
     for marker, task, edge in (("^", 1, high), ("v", 3, low)):
         (arrow,) = [
             line for line in axis.get_lines()
             if line.get_marker() == marker and len(line.get_xdata())
         ]  # fmt: skip
-        assert arrow.get_xdata() == pytest.approx([x[task]])
+        assert arrow.get_xdata() == pytest.approx([x[place[task]]])
         assert low < arrow.get_ydata()[0] < high
         assert abs(arrow.get_ydata()[0] - edge) < 0.1 * (high - low)
     assert drawn(figure, "no pooling, off the axis (2)")[0].size == 0

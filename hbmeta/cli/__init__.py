@@ -1,4 +1,4 @@
-"""The command line: `compare` fits and judges, `predict` uses what it kept, `certify` bounds."""
+"""The command line: `compare` fits, `diagnose` judges, `predict` uses, `certify` bounds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from hbmeta import certify_command
 from hbmeta.cli import sources
-from hbmeta.cli.arguments import parser
+from hbmeta.cli.arguments import parser, refuse
+from hbmeta.cli.certifying import certify
+from hbmeta.cli.diagnosing import diagnose
 from hbmeta.cli.predicting import predict
 from hbmeta.cli.runs import keep
 from hbmeta.comparison import Comparison, compare
@@ -47,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings(), _one_thread():
             if arguments.command == "predict":
                 predict(arguments)
+            elif arguments.command == "diagnose":
+                diagnose(arguments, _say)
             elif arguments.command == "certify":
                 _can_write(arguments.out)
-                return certify_command.run(arguments, print)
+                return certify(arguments)
             else:
                 _can_write(arguments.out)
                 (_study if arguments.data in STUDIES else _compare)(arguments)
@@ -69,16 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _study(arguments: argparse.Namespace) -> None:
     """A study has its own data, models and strategies; what would change them is refused."""
-    defaults = vars(parser().parse_args(["compare", arguments.data]))
     free = {"seed", "quick", "out", "json", "compile"}
-    given = [k for k, v in vars(arguments).items() if k not in free and v != defaults[k]]
-    if given:
-        raise DataError(
-            arguments.data,
-            needed="no options for columns, model, split or strategies, which are part of it",
-            found=", ".join(f"--{name.replace('_', '-')}" for name in given),
-            do="Leave them out, or name a CSV file.",
-        )
+    refuse(
+        arguments,
+        [name for name in vars(arguments) if name not in free],
+        needed="no options for columns, model, split or strategies, which are part of it",
+        do="Leave them out, or name a CSV file.",
+    )
     outcome = STUDIES[arguments.data](
         seed=arguments.seed, quick=arguments.quick, say=_say, compile=arguments.compile
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hbmeta import __version__, certify_command
+from hbmeta import __version__
+from hbmeta.errors import DataError
 from hbmeta.models.effect_priors import FAMILIES
 from hbmeta.models.formula_priors import FORMULA_FAMILIES
 from hbmeta.studies import STUDIES
 from hbmeta.study import STRATEGIES
 
-__all__ = ["INTERCEPT", "parser"]
+__all__ = ["INTERCEPT", "parser", "refuse"]
 
 _EXAMPLES = """examples:
   hbmeta compare radon --out results/radon
@@ -21,6 +23,7 @@ _EXAMPLES = """examples:
   hbmeta compare schools.csv --group school --x age,sex --y score --varying intercept,age --json
   hbmeta compare "score ~ age + (1 + age | school)" schools.csv --out run
   hbmeta compare model:program schools.csv --group school --x age --y score --out run
+  hbmeta diagnose run
   hbmeta predict run new.csv --out predictions.csv
 """
 INTERCEPT = "intercept"
@@ -38,9 +41,30 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"hbmeta {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _compare(commands)
+    _diagnose(commands)
     _predict(commands)
-    certify_command.add_to(commands)
+    _certify(commands)
     return whole
+
+
+def refuse(
+    arguments: argparse.Namespace, names: Iterable[str], *, needed: str, do: str = "Leave them out."
+) -> None:
+    """Refuse options of `compare` that say what its data or its model says already.
+
+    Args:
+        arguments: of the command.
+        names: the options, by attribute.
+        needed: of the error.
+        do: of the error.
+    Raises:
+        DataError: one of them differs from its default.
+    """
+    defaults = vars(parser().parse_args(["compare", arguments.data]))
+    given = [name for name in names if getattr(arguments, name) != defaults[name]]
+    if given:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise DataError(arguments.data, needed=needed, found=found, do=do)
 
 
 def _compare(commands: Any) -> None:
@@ -116,10 +140,32 @@ def _compare(commands: Any) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="folder for the fits (see predict), tables, draws, figures",
+        help="folder for the fits (see diagnose and predict), tables, draws, figures",
     )
     run.add_argument("--json", action="store_true", help="print JSON in place of tables")
     run.add_argument("--compile", default="auto", help=argparse.SUPPRESS)
+
+
+def _diagnose(commands: Any) -> None:
+    """Judge what was fitted."""
+    command = commands.add_parser(
+        "diagnose",
+        help="say which fits that compare --out kept have a right posterior, and what is wrong",
+        description="Judges the posterior of the groups that were fitted on without a reference "
+        "at hand: it makes one, checks it, and holds every parameter against it. One line per "
+        "fit, then all about the first one that is not right.",
+    )
+    command.add_argument("run", metavar="RUN", type=Path, help="folder that compare --out wrote")
+    command.add_argument("--strategy", metavar="NAME", help="this fit alone (all of the run)")
+    command.add_argument("--out", metavar="FILE.json", type=Path, help="all of it as JSON, by fit")
+    command.add_argument(
+        "--reference",
+        choices=("auto", "nested", "nuts", "none"),
+        default="auto",
+        help="what to judge by: nested Laplace, NUTS, or the fit's own diagnostics alone (auto: "
+        "the cheapest that can be relied on)",
+    )
+    command.add_argument("--seed", type=_seed, default=0, help="of the reference (0)")
 
 
 def _predict(commands: Any) -> None:
@@ -146,6 +192,40 @@ def _predict(commands: Any) -> None:
         "--interval", type=float, default=0.9, help="probability of lower to upper (0.9)"
     )
     command.add_argument("--seed", type=_seed, default=0, help="of draws (0)")
+
+
+def _certify(commands: Any) -> None:
+    """Bound the loss on new tasks."""
+    command = commands.add_parser(
+        "certify",
+        help="bound the expected loss on a new task, with a stated probability",
+        description="Fit strategies on known tasks and certify them on new ones; or check a "
+        "certificate that was written.",
+    )
+    command.add_argument("data", nargs="?", metavar="radon|clusters|FILE.csv")
+    command.add_argument("--group", metavar="COL", help="labels of the groups of a table")
+    command.add_argument("--x", metavar="COL,...", type=_names, default=[], help="its inputs")
+    command.add_argument("--y", metavar="COL", help="its output")
+    command.add_argument(
+        "--scale",
+        type=float,
+        default=2.0,
+        metavar="ERROR",
+        help="error from which the loss is 1, in units of y (log radon for radon); fixed before "
+        "the data (2)",
+    )
+    command.add_argument("--delta", type=float, default=0.05, help="of all rows (0.05)")
+    command.add_argument("--shots", type=int, default=3, help="points to adapt to (3)")
+    command.add_argument("--seed", type=_seed, default=0, help="of the split and the fits (0)")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="certificates as JSON, and the fits"
+    )
+    command.add_argument(
+        "--check",
+        metavar="FILE",
+        help="a certificate to check; with --fit and the data, its risks too",
+    )
+    command.add_argument("--fit", metavar="FILE", help="the saved fit that it is about")
 
 
 def _names(text: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from hbmeta.cli.arguments import INTERCEPT, parser
+from hbmeta.cli.arguments import INTERCEPT, refuse
 from hbmeta.errors import DataError, FileError
 from hbmeta.models import VaryingEffects, from_formula
 from hbmeta.models.columns import expanded
@@ -21,6 +21,9 @@ from hbmeta.program import Program
 from hbmeta.tasks import TaskSet, from_frame, load_radon
 
 __all__ = ["Source", "formula", "load_program", "own_program", "radon", "read", "table"]
+
+_OF_A_TABLE = ("x", "standardise", "missing", "varying", "offset", "totals")
+_SAYS_ITSELF = "no options for what the model itself says"
 
 
 class Source(NamedTuple):
@@ -41,18 +44,12 @@ class Source(NamedTuple):
 
 def radon(arguments: argparse.Namespace) -> Source:
     """The radon data and their model."""
-    given = [
-        name
-        for name in ("group", "x", "y", "standardise", "offset", "totals")
-        if getattr(arguments, name)
-    ]
-    if given or arguments.varying != [INTERCEPT] or arguments.family != "gaussian":
-        raise DataError(
-            "radon",
-            needed="no options for columns or model, which are part of it",
-            found=", ".join(f"--{name}" for name in given) or "--varying or --family",
-            do="Leave them out, or name a CSV file.",
-        )
+    refuse(
+        arguments,
+        ("group", "y", *_OF_A_TABLE, "family"),
+        needed="no options for columns or model, which are part of it",
+        do="Leave them out, or name a CSV file.",
+    )
     fixed, varying = ["floor", "log_uranium"], [INTERCEPT]
     model = VaryingEffects(fixed=fixed, varying=varying)
     return Source(load_radon(), model, _labels(model, "county"), "intercept, by county")
@@ -84,7 +81,7 @@ def table(arguments: argparse.Namespace) -> Source:
 
 def formula(arguments: argparse.Namespace) -> Source:
     """A formula and a table; the model writes itself."""
-    _refuse(arguments, "x", "y", "standardise", "offset", "totals", "varying", "missing")
+    refuse(arguments, ("y", *_OF_A_TABLE), needed=_SAYS_ITSELF)
     frame = read(arguments.table)
     model = from_formula(
         arguments.data, frame, family=arguments.family, group=arguments.group or None
@@ -96,7 +93,7 @@ def formula(arguments: argparse.Namespace) -> Source:
 
 def own_program(arguments: argparse.Namespace) -> Source:
     """A Pyro program of the person's own, by module and name, and a table."""
-    _refuse(arguments, "varying", "family", "offset", "totals")
+    refuse(arguments, ("varying", "family", "offset", "totals"), needed=_SAYS_ITSELF)
     program = load_program(arguments.data)
     columns = argparse.Namespace(**{**vars(arguments), "data": arguments.table})
     data = _tasks(columns, read(arguments.table), [])
@@ -125,19 +122,6 @@ def load_program(name: str) -> Program:
         found = found()
     program: Program = found
     return program
-
-
-def _refuse(arguments: argparse.Namespace, *names: str) -> None:
-    """Options that say what the formula or the program says."""
-    defaults = vars(parser().parse_args(["compare", arguments.data]))
-    given = [name for name in names if getattr(arguments, name) != defaults[name]]
-    if given:
-        raise DataError(
-            arguments.data,
-            needed="no options for what the model itself says",
-            found=", ".join(f"--{name}" for name in given),
-            do="Leave them out.",
-        )
 
 
 def _tasks(arguments: argparse.Namespace, frame: pd.DataFrame, special: list[str]) -> TaskSet:

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from hbmeta import inference, models
-from hbmeta.certification import Certificate, FiniteHyperprior, certify
+from hbmeta.certification import Certificate, FiniteHyperprior
+from hbmeta.certification import certify as bounded
+from hbmeta.cli.sources import read
 from hbmeta.errors import DataError, FileError
 from hbmeta.fitted import Fitted
 from hbmeta.inference import Strategy
@@ -28,10 +29,8 @@ from hbmeta.loading import load
 from hbmeta.tables import aligned
 from hbmeta.tasks import Clusters, Episode, TaskSet, from_frame, load_radon
 
-__all__ = ["add_to", "run"]
+__all__ = ["certify"]
 
-SCALE = 2.0
-"""Error from which the loss of a regression is 1, in the units of y: log radon for radon."""
 CLUSTERS = {"known": 200, "new": 1000}
 EFFECTS: dict[str, tuple[Strategy, int]] = {
     "laplace": (inference.Laplace(), 200),
@@ -45,40 +44,14 @@ PROTOTYPES: dict[str, tuple[Strategy, int]] = {
 }
 
 
-def add_to(commands: Any) -> None:
-    """The parser of the command."""
-    command = commands.add_parser(
-        "certify",
-        help="bound the expected loss on a new task, with a stated probability",
-        description="Fit strategies on known tasks and certify them on new ones; or check a "
-        "certificate that was written.",
-    )
-    command.add_argument("data", nargs="?", metavar="radon|clusters|FILE.csv")
-    command.add_argument("--group", metavar="COL", help="labels of the groups of a table")
-    command.add_argument("--x", metavar="COL,...", default="", help="its inputs")
-    command.add_argument("--y", metavar="COL", help="its output")
-    command.add_argument("--scale", type=float, default=SCALE, metavar="ERROR",
-                         help="error from which the loss is 1, in units of y; fixed before the "
-                         f"data (default: {SCALE:g})")  # fmt: skip
-    command.add_argument("--delta", type=float, default=0.05, help="of all rows (default: 0.05)")
-    command.add_argument("--shots", type=int, default=3, help="points to adapt to (default: 3)")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="certificates as JSON, and the fits"
-    )
-    command.add_argument("--check", metavar="FILE", help="a certificate to check; with --fit and "
-                         "the data, its risks too")  # fmt: skip
-    command.add_argument("--fit", metavar="FILE", help="the saved fit that it is about")
-
-
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
-    """Runs the command, whose lines go to `say`.
+def certify(arguments: argparse.Namespace) -> int:
+    """Prints certificates, or what a check of one found.
 
     Returns:
         The exit status: 0, or 1 where a certificate is not what it says.
     """
     if arguments.check is not None:
-        return _check(arguments, say)
+        return _check(arguments)
     if arguments.data is None:
         raise DataError(
             "certify", needed="radon, clusters or a table", found="none", do="Name one."
@@ -94,13 +67,13 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
             )
     each = {"delta": arguments.delta / (len(fits) + 1), "seed": arguments.seed, **loss}
     found = {
-        name: certify(fit, new, bound="meta_test", shots=arguments.shots, **each)
+        name: bounded(fit, new, bound="meta_test", shots=arguments.shots, **each)
         for name, fit in fits.items()
     }
     first = next(iter(fits.values()))
     hyperprior = FiniteHyperprior(list(fits.values()))
-    found["the choice"] = certify(first, new, bound="query_split", hyperprior=hyperprior, **each)
-    say(_table(found, arguments.delta))
+    found["the choice"] = bounded(first, new, bound="query_split", hyperprior=hyperprior, **each)
+    print(_table(found, arguments.delta))
     if arguments.out is not None:
         for name, one in found.items():
             one.to_json(arguments.out / f"{name.replace(' ', '_')}.json")
@@ -141,17 +114,8 @@ def _table_of(arguments: argparse.Namespace) -> tuple[TaskSet, list[str]]:
             found="none",
             do="Name its columns: --group school --x hours --y score.",
         )
-    try:
-        frame = pd.read_csv(arguments.data, float_precision="round_trip", encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise FileError(
-            arguments.data,
-            needed="a comma-separated table in UTF-8",
-            found=str(error),
-            do="Check the name and the content of the file.",
-        ) from error
-    columns = [name for name in arguments.x.split(",") if name]
-    table = from_frame(frame, group=arguments.group, x=columns, y=arguments.y)
+    frame = read(arguments.data)
+    table = from_frame(frame, group=arguments.group, x=arguments.x, y=arguments.y)
     return table, list(table.features)
 
 
@@ -195,7 +159,7 @@ def _table(found: dict[str, Certificate], delta: float) -> str:
     )
 
 
-def _check(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+def _check(arguments: argparse.Namespace) -> int:
     try:
         text = Path(arguments.check).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -207,9 +171,9 @@ def _check(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     if arguments.fit is not None and arguments.data is not None:
         evidence = {"fitted": load(arguments.fit), "tasks": _data(arguments)[1]}
     complaints = certificate.check(**evidence)
-    say(certificate.claim())
+    print(certificate.claim())
     what = "arithmetic and risks" if evidence else "arithmetic"
     for complaint in complaints:
-        say(f"WRONG: {complaint}")
-    say(f"{arguments.check}: " + ("not to be believed" if complaints else f"{what} hold"))
+        print(f"WRONG: {complaint}")
+    print(f"{arguments.check}: " + ("not to be believed" if complaints else f"{what} hold"))
     return 1 if complaints else 0

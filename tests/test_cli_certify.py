@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from hbmeta import certify_command, cli
+from hbmeta import cli
+from hbmeta.cli import certifying
 from tests import fits
 
 
@@ -13,7 +14,7 @@ def written(tmp_path_factory):
     """Certificates of clusters, on fewer tasks than a person would take."""
     folder = tmp_path_factory.mktemp("certificates")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certify_command, "CLUSTERS", {"known": 6, "new": 40})
+        patch.setattr(certifying, "CLUSTERS", {"known": 6, "new": 40})
         assert cli.main(["certify", "clusters", "--shots", "2", "--out", str(folder)]) == 0
     return folder
 
@@ -28,7 +29,7 @@ def test_every_strategy_and_the_choice_are_certified_together(written, capsys):
 
 
 def test_risks_are_measured_again_with_the_fit_and_the_data(written, capsys, monkeypatch):
-    monkeypatch.setattr(certify_command, "CLUSTERS", {"known": 6, "new": 40})
+    monkeypatch.setattr(certifying, "CLUSTERS", {"known": 6, "new": 40})
     again = ["--fit", str(written / "integrated.safetensors"), "--shots", "2"]
     check = ["certify", "clusters", "--check", str(written / "integrated.json"), *again]
     assert cli.main(check) == 0
@@ -47,9 +48,9 @@ def test_a_file_that_contradicts_itself_ends_with_1(written, tmp_path, capsys):
 
 def test_a_table_of_groups(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        certify_command,
+        certifying,
         "EFFECTS",
-        {n: (certify_command.EFFECTS[n][0], 3) for n in ("exact", "complete_pooling")},
+        {n: (certifying.EFFECTS[n][0], 3) for n in ("exact", "complete_pooling")},
     )
     frame = fits.table("abcdefgh", (6,) * 8)
     frame.to_csv(tmp_path / "schools.csv", index=False)
