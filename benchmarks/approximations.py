@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import agreement
-from benchmarks.machine import cpu_seconds
+from benchmarks.machine import cpu_seconds, describe
 from benchmarks.posterior_programs import CASES, Case, Moments
 from hbmeta import inference
 from hbmeta.errors import HbmetaError, UnsupportedModelError
@@ -194,14 +194,21 @@ def table(results: Sequence[Result]) -> str:
 
 def left_out(results: Sequence[Result]) -> str:
     """Refusals and failures, those of one text together."""
-    reasons: dict[tuple[str, str], list[str]] = {}
+    programs: dict[tuple[str, str], list[str]] = {}
     for r in results:
         if not r.ran:
-            reasons.setdefault((r.strategy, r.why), []).append(r.program)
-    return "\n".join(
-        f"- {strategy} on {', '.join(programs)}: {why}"
-        for (strategy, why), programs in reasons.items()
-    )
+            programs.setdefault((r.why, r.strategy), []).append(r.program)
+    names: dict[tuple[str, str], list[str]] = {}
+    for (why, strategy), on in programs.items():
+        names.setdefault((why, ", ".join(on)), []).append(strategy)
+    return "\n".join(f"- {', '.join(who)} on {on}: {why}" for (why, on), who in names.items())
+
+
+def not_run(programs: Iterable[str]) -> str:
+    """Which of the stored definitions have no line, in a sentence."""
+    run = set(programs)
+    missing = [name for name in CASES if name not in run]
+    return f"Not run: {', '.join(missing) or 'none'}."
 
 
 def kept(program: str, strategy: str) -> Path:
@@ -234,7 +241,8 @@ def report(
                 print(f"{case.name}, {name}: {result}", file=sys.stderr, flush=True)
                 keep(result, mode)
                 results.append(result)
-    print(f"# Approximations against stored posteriors\n\n{table(results)}\n\n{left_out(results)}")
+    print(f"# Approximations against stored posteriors\n\n{describe(SEED)}\n")
+    print(f"{table(results)}\n\n{left_out(results)}\n\n{not_run(r.program for r in results)}")
     ever = [from_json(path.read_text()) for path in sorted(KEPT.glob("*.json"))]
     if mode != "quick" and any(r.ran for r in ever):
         FIGURE.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def time_against_distance(
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     axis, names = figure.subplots(1, 2, width_ratios=(4.2, 1))
     axis.set(xscale="log", yscale="log", ylim=(LEAST * 0.8, MOST * 1.3))
-    axis.set_xlabel("seconds to fit and to adapt")
+    axis.set_xlabel("processor seconds to fit and to adapt")
     axis.set_ylabel("distance to the reference (W2 per coordinate, in its sds)")
     axis.grid(color="#EEEEEE", lw=0.5)
     axis.set_axisbelow(True)

@@ -29,6 +29,7 @@ import torch
 import hbmeta
 from benchmarks import agreement, approximations
 from benchmarks.approximations import (
+    SEED,
     STEPS,
     Fit,
     Result,
@@ -37,7 +38,7 @@ from benchmarks.approximations import (
     reference_of,
     strategies,
 )
-from benchmarks.machine import cpu_seconds
+from benchmarks.machine import cpu_seconds, describe
 from benchmarks.posterior_programs import CASES, Moments
 from benchmarks.posteriors import Sampled
 from benchmarks.posteriors import kept as kept_sample
@@ -49,7 +50,6 @@ from hbmeta.posterior import TaskPosterior
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "results" / "verdicts"
-SEED = 0
 WORDS: tuple[Verdict, ...] = ("right", "wrong", "unverified")
 
 
@@ -163,6 +163,7 @@ def report(results: Sequence[Judged]) -> str:
         ("Parameters of all fits", matrix(parameters)),
     ]
     lines = ["# Verdicts without a reference at hand, against the truth", ""]
+    lines += [f"{describe(SEED)}", ""]
     for title, text in parts:
         lines += [f"## {title}", "", text, ""]
     lines += [
@@ -176,12 +177,19 @@ def report(results: Sequence[Judged]) -> str:
         for r in ran
     ]
     misses = [r for r in ran if (r.truth == "wrong") != (r.verdict != "right")]
-    lines += [
-        "",
-        "Misses: " + (", ".join(f"{r.strategy} on {r.program}" for r in misses) or "none"),
-    ]
-    lines += [f"- {r.strategy} on {r.program}: {r.why}" for r in results if r.why]
+    lines += ["", f"{len(misses)} misses (parameters as truth/verdict):", ""]
+    lines += [f"- {r.strategy} on {r.program}: {_explained(r)}" for r in misses]
+    refused = sum(bool(r.why) for r in results)
+    lines += ["", f"{refused} fits were refused or failed; approximations.md says why."]
+    lines += ["", approximations.not_run(r.program for r in results)]
     return "\n".join(lines)
+
+
+def _explained(r: Judged) -> str:
+    """What was counted, and what the diagnosis complained of."""
+    counts = ", ".join(f"{number} {key}" for key, number in r.counts.items())
+    symptoms = ", ".join(dict.fromkeys(r.symptoms)) or "none"
+    return f"it is {r.truth}, the verdict is {r.verdict}; {counts}; symptoms: {symptoms}"
 
 
 def kept(program: str, strategy: str) -> Path:

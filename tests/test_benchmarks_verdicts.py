@@ -60,5 +60,7 @@ def test_results_are_read_back_and_misses_named(tmp_path):
     assert back.means == miss.means
     assert back.verdict == miss.verdict
     text = verdicts.report([hit, back, verdicts.Judged("p", "MAML", "refused")])
-    assert "Misses: NUTS on p\n" in text
-    assert "- MAML on p: refused" in text
+    assert "1 misses" in text
+    assert "- NUTS on p: it is wrong, the verdict is right" in text
+    assert "Laplace on p:" not in text
+    assert "1 fits were refused" in text
