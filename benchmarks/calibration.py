@@ -88,16 +88,17 @@ def rows(quick: bool) -> dict[str, Calibration]:
         laplace = Laplace().fit(known, tasks, seed=SEED, progress=False, compile="graph")
         found["Laplace"] = sbc_adapted(laplace, simulations=count, seed=SEED)
         for steps in (30, 3000 // share):
-            guide = AmortizedGuide(hidden=16).fit(
+            guide = AmortizedGuide().fit(
                 known,
                 Source(),
                 steps=steps,
+                tasks_per_step=64,
                 learning_rate=3e-3,
                 seed=SEED,
                 progress=False,
                 compile="graph",
             )
-            name = f"AmortizedGuide, {steps} steps on drawn tasks"
+            name = f"AmortizedGuide, {steps} steps of 64 drawn tasks"
             found[name] = sbc_adapted(guide, tasks, simulations=count, seed=SEED)
         found["NUTS, fitted each time"] = sbc(
             learned,

@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
     *("bayesian_maml", "laplace", "samplers", "scale", "studies", "formulas"),
-    *("certificate_coverage", "certificates"),
+    *("certificate_coverage", "certificate_figures", "certificates"),
 )
 WITH_QUICK = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
-    *("bayesian_maml", "samplers", "scale", "formulas", "certificate_coverage", "certificates"),
+    *("bayesian_maml", "samplers", "scale", "formulas"),
+    *("certificate_coverage", "certificate_figures", "certificates"),
 )
 
 

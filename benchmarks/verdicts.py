@@ -43,9 +43,11 @@ from benchmarks.posterior_programs import CASES, Moments
 from benchmarks.posteriors import Sampled
 from benchmarks.posteriors import kept as kept_sample
 from benchmarks.programs import data_folder
+from hbmeta.diagnosis import reference_fit
 from hbmeta.diagnosis.records import Diagnosis, Verdict, summed_up
 from hbmeta.distances import SD_LIMITS, TASK_LIMIT
 from hbmeta.files import write_text
+from hbmeta.fitted import Fitted
 from hbmeta.posterior import TaskPosterior
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,12 +114,29 @@ def compare(
     return count, truths
 
 
-def judge(result: Result, fit: Fit, reference: Mapping[str, Moments]) -> Judged:
+@dataclass(frozen=True)
+class Judge:
+    """What `diagnose` makes to judge by, made once for a program; and the seconds that it took."""
+
+    fitted: Fitted | None
+    seconds: float
+
+    @staticmethod
+    def of(fit: Fit) -> Judge:
+        """From the first fit of a program; None where every fit is judged given its own θ."""
+        start = cpu_seconds()
+        fitted = reference_fit(fit.fitted, fit.tasks, seed=SEED + 1)
+        return Judge(fitted, cpu_seconds() - start)
+
+
+def judge(result: Result, fit: Fit, reference: Mapping[str, Moments], by: Judge) -> Judged:
     """Diagnoses a fit, and looks up the truth."""
     program, strategy = result.program, result.strategy
-    start = cpu_seconds()
+    start = cpu_seconds() - by.seconds
     try:
-        diagnosis = hbmeta.diagnose(fit.fitted, fit.tasks, seed=SEED + 1)
+        diagnosis = hbmeta.diagnose(
+            fit.fitted, fit.tasks, reference=by.fitted or "auto", seed=SEED + 1
+        )
         count, truths = compare(diagnosis, fit.posterior, reference)
     except Exception as error:  # a bug, to be seen in the table, and not the end of a long run
         return Judged(program, strategy, f"crashed: {type(error).__name__}: {error}")
@@ -227,16 +246,19 @@ def main() -> int:
             continue
         sampled = Sampled.from_json(kept_sample(case.name).read_text())
         reference = reference_of(case, sampled, folder)
+        by = None
         for name, strategy in strategies(arguments.strategies).items():
             path = kept(case.name, name)
             if path.exists() and not arguments.again:
                 continue
             distance, found = fit(name, strategy, case, reference, folder, STEPS)
             approximations.keep(distance, "resume")
+            if by is None and found is not None:
+                by = Judge.of(found)
             result = (
                 Judged(case.name, name, distance.why)
-                if found is None
-                else judge(distance, found, reference)
+                if found is None or by is None
+                else judge(distance, found, reference, by)
             )
             print(f"{distance}\n{result}", file=sys.stderr, flush=True)
             if not result.why.startswith("crashed"):

@@ -1,8 +1,8 @@
-"""Figures of what bounds over tasks are made of; arithmetic only, nothing is fitted."""
+"""Figures of bounds over tasks: what they are made of, and how they near the risk as tasks grow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,9 @@ from matplotlib.patches import Patch
 from hbmeta import bounds
 from hbmeta.bounds import Bound
 from hbmeta.errors import DataError
-from hbmeta.styles import GREY, styled
+from hbmeta.styles import GREY, class_style, styled
 
-__all__ = ["BOUNDS", "bounds_by_tasks"]
+__all__ = ["BOUNDS", "bounds_by_tasks", "certificates_by_tasks"]
 
 BOUNDS: dict[str, Callable[..., Bound]] = {
     "pentina_lampert": bounds.pentina_lampert,
@@ -127,3 +127,68 @@ def _draw(axis: Axes, T: Floats, bound: Bound) -> None:
         fontsize=6,
         bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.0},
     )
+
+
+@styled
+def certificates_by_tasks(
+    tasks: Sequence[int],
+    values: Mapping[str, Sequence[float]],
+    risk: Sequence[float],
+    *,
+    title: str = "",
+) -> Figure:
+    """Certificates against the true risk, as the number of tasks grows.
+
+    One line per certificate, named at its end; above 1 it says nothing, and is cut there.
+
+    Args:
+        tasks: numbers of tasks, increasing; two or more.
+        values: by name, one value of the certificate for each number of tasks.
+        risk: the true risk of what is certified, for each number of tasks.
+        title: says what the tasks are.
+    Raises:
+        DataError: fewer than two numbers of tasks, not increasing; values of another length, or
+            not finite.
+    """
+    T = np.asarray(tasks, dtype=float)
+    given = {name: np.asarray(value, dtype=float) for name, value in values.items()}
+    true = np.asarray(risk, dtype=float)
+    wrong = [
+        name
+        for name, value in {**given, "risk": true}.items()
+        if value.shape != T.shape or not np.isfinite(value).all()
+    ]
+    if T.ndim != 1 or len(T) < 2 or not (np.diff(T) > 0).all() or wrong or not given:
+        raise DataError(
+            "certificates_by_tasks",
+            needed="two or more increasing numbers of tasks; a finite value of each for each",
+            found=f"{len(np.atleast_1d(T))} numbers of tasks; wrong: {wrong or 'the tasks'}",
+            do="Give the values in the order of the tasks.",
+        )
+    figure = Figure(figsize=(6.3, 3.6))
+    figure.set_layout_engine("constrained")
+    axis = figure.subplots()
+    order = sorted(given, key=lambda name: given[name][-1])
+    height = -1.0
+    for i, name in enumerate(order):
+        colour, marker = class_style(i)
+        cut = np.minimum(given[name], 1.0)
+        axis.plot(T, cut, color=colour, marker=marker, markersize=3, linewidth=1.0, label=name)
+        height = max(float(cut[-1]), height + 0.05)  # names stand apart where lines end together
+        axis.annotate(
+            f"{given[name][-1]:.2f}  {name.replace('_', ' ')}",
+            (T[-1], cut[-1]),
+            xytext=(1.03, height),
+            textcoords=axis.get_yaxis_transform(),
+            va="center",
+            color=colour,
+            annotation_clip=False,
+        )
+    axis.fill_between(T, 0.0, true, color=GREY, alpha=0.35, linewidth=0)
+    axis.plot(T, true, color="black", linewidth=1.2)
+    axis.annotate("true risk", (T[0], true[0] / 2), xytext=(4, 0), textcoords="offset points")
+    axis.set(xscale="log", xlabel="tasks", ylabel="certificate", ylim=(0.0, 1.02), title=title)
+    axis.set_xlim(T[0], T[-1])
+    axis.set_xticks(T, [f"{n:,.0f}" for n in T], minor=False)
+    axis.set_xticks([], minor=True)
+    return figure

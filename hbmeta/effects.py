@@ -1,27 +1,33 @@
-"""Effects of level 1 in their non-centered form, u = s^κ z, recognised in any program.
+"""Effects of level 1 that many tasks share and whose scale is of level 1 too: found in any program.
 
-Model: z of several entries with a law of its own, s a scale (or a precision, or the logarithm of
-one) among θ too, and tasks that see z s^κ alone: items of a test, lecturers of students.
-At a point such a θ is wrong. log p(z) is −½ ‖z‖² and holds no n log s, as log p(u | s) would, so
-that of all pairs with one product a search takes a small z and a large s: effects that are not
+Model: effects u ~ N(0, s²) among θ, s among θ: items of a test, lecturers of students. Written so
+they are centered; non-centered they are u = s^κ z, with z of several entries and a law of its own,
+s a scale (or a precision, or the logarithm of one), and tasks that see z s^κ alone.
+At a point such a θ is wrong. Centered, log p(u | s) holds −n log s, which grows without bound as u
+and s fall to 0 together: there is no mode. Non-centered, log p(z) is −½ ‖z‖² and holds no n log s,
+so that of all pairs with one product a search takes a small z and a large s: effects that are not
 shrunk, and a scale that is no estimate (12 against 0.34 on the 24 items of VerbAgg).
 
-Recognised by Euler's identity. With f(θ, φ) = log p(y | φ, θ) + log p(φ | θ) a function of z s^κ,
+The centered form is recognised from the prior: a scale that depends on another site. The other by
+Euler's identity. With f(θ, φ) = log p(y | φ, θ) + log p(φ | θ) a function of z s^κ,
 
     zᵀ ∂f/∂z = κ⁻¹ Σ_k ∂f/∂log s_k,    s a whole site or one of its entries,
 
 at every point; a site without bounds stands for its own logarithm. At a few random points the two
-sides of a pair that is none are not proportional, almost surely. The centered form is recognised
-from its prior (`parametrisation.shared_effects`).
+sides of a pair that is none are not proportional, almost surely.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hbmeta.curvature import log_joint
 from hbmeta.errors import UnsupportedModelError
+from hbmeta.parametrisation import centered_effects
 from hbmeta.problem import Problem
 from hbmeta.program import Batch
 
@@ -29,18 +35,66 @@ from hbmeta.program import Batch
 _POINTS = 5
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
 
-__all__ = ["refuse_scaled_effects", "scaled_effects"]
+__all__ = ["SharedEffects", "shared_effects"]
 
 
-def scaled_effects(problem: Problem, batch: Batch) -> tuple[str, ...]:
-    """Level-1 sites z of several entries that tasks see through z s^κ alone, s another such site.
+@dataclass(frozen=True)
+class SharedEffects:
+    """Names of level-1 sites that are effects with a scale of level 1; see the module.
 
-    They are found from derivatives (module's docstring); no program has to declare them.
+    Attributes:
+        centered: those drawn around their location with their scale.
+        non_centered: those that a scale multiplies.
+    """
+
+    centered: tuple[str, ...]
+    non_centered: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.centered, *self.non_centered)
+
+    def refuse_at_a_point(self, where: str, *, integrated: Collection[str] = ()) -> None:
+        """Raises where any is left to be held at a point together with its scale.
+
+        Args:
+            where: the strategy.
+            integrated: those that it integrates out.
+        Raises:
+            UnsupportedModelError: names the first, and says what goes wrong with it.
+        """
+        left = tuple(name for name in self.names if name not in integrated)
+        if not left:
+            return
+        why = "whose scale is a level-1 parameter itself: their joint density grows without bound "
+        why += "as both fall to 0"
+        if left[0] in self.non_centered:
+            why = "effects that are multiplied by a scale which is a level-1 parameter too: at a "
+            why += "point they are not shrunk, and the scale is no estimate"
+        raise UnsupportedModelError(
+            where,
+            needed="level-1 parameters that can be held at a point",
+            found=f"{left[0]!r}, {why}",
+            do=f"Use Laplace(integrated={self.names!r}), Variational(theta='distribution') or "
+            "NUTS.",
+        )
+
+
+def shared_effects(problem: Problem, batch: Batch) -> SharedEffects:
+    """The effects of a program in either form; no program has to declare them.
 
     Args:
         problem: the program.
         batch: a few tasks with data.
     """
+    centered = centered_effects(problem)
+    others = _multiplied_effects(problem, batch)
+    return SharedEffects(centered, tuple(name for name in others if name not in centered))
+
+
+def _multiplied_effects(problem: Problem, batch: Batch) -> tuple[str, ...]:
+    """Sites z of several entries that tasks see through z s^κ alone, s another such site."""
     effects = [site.name for site in problem.sites.globals if site.size > 1]
     if not effects or len(problem.sites.globals) < 2:
         return ()
@@ -58,22 +112,6 @@ def scaled_effects(problem: Problem, batch: Batch) -> tuple[str, ...]:
                 found.append(name)
                 break
     return tuple(found)
-
-
-def refuse_scaled_effects(names: tuple[str, ...], where: str) -> None:
-    """Raises where there are any, for what holds θ at a point.
-
-    Raises:
-        UnsupportedModelError: names the first.
-    """
-    if names:
-        raise UnsupportedModelError(
-            where,
-            needed="level-1 parameters that can be held at a point",
-            found=f"{names[0]!r}, effects that are multiplied by a scale which is a level-1 "
-            "parameter too: at a point they are not shrunk, and the scale is no estimate",
-            do=f"Use Laplace(integrated={names!r}), Variational(theta='distribution') or NUTS.",
-        )
 
 
 def _slopes(

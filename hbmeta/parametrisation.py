@@ -66,7 +66,7 @@ _DRAWS = 16
 # Curvature in ε below this is flat; the prior's own is 1.
 _LEAST = 1e-2
 
-__all__ = ["CHOICES", "Choice", "Coordinates", "choosable_sites", "shared_effects"]
+__all__ = ["CHOICES", "Choice", "Coordinates", "centered_effects", "choosable_sites"]
 
 
 class _Affine(NamedTuple):
@@ -176,7 +176,7 @@ def choosable_sites(problem: Problem, batch: Batch) -> tuple[str, ...]:
     return tuple(site.name for site in problem.sites.locals if site.name in probe.found)
 
 
-def shared_effects(problem: Problem) -> tuple[str, ...]:
+def centered_effects(problem: Problem) -> tuple[str, ...]:
     """Level-1 sites whose scale is a function of other level-1 sites, as of crossed effects."""
     batch = problem.one_row()
     theta = {name: value.requires_grad_() for name, value in problem.theta(batch).items()}

@@ -255,15 +255,16 @@ class Problem:
         query = self.given(query, support)
         if self.classes is None:
             return self.log_likelihood(theta, phi, query)
-        cells = self._class_log_prob(theta, phi, query)
+        cells = self.log_cells(theta, phi, query)
         return query.per_task(torch.where(query.mask, cells, torch.zeros_like(cells)))
 
-    def _class_log_prob(
-        self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch
-    ) -> Tensor:
-        """(*cells) log p(y | the rest, φ, θ), by enumeration of y."""
+    def log_cells(self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch) -> Tensor:
+        """(*cells) log p(y | the rest, φ, θ), by enumeration of y where more is observed."""
+        if self.classes is None:
+            found = self.run(theta, self._sites_of(phi), batch, with_y=True).log_likelihood
+            assert found is not None
+            return found
         assert batch.y is not None
-        assert self.classes is not None
         # Normalised cell by cell: the difference of two sums over cells would lose digits.
         cells = class_cells(self, theta, self._sites_of(phi), batch).log_softmax(-1)
         chosen = batch.y.unsqueeze(-1) == torch.arange(self.classes, device=cells.device)
@@ -357,14 +358,7 @@ class Problem:
         if self.layout == "joint":
             return leave_one_out(self.particle_response(theta, drawn, phi, batch), batch)
 
-        def cells(t: Theta, p: Tensor) -> Tensor:
-            if self.classes is not None:
-                return self._class_log_prob(t, p, batch)
-            found = self.run(t, self.sites.from_vector(p), batch, with_y=True).log_likelihood
-            assert found is not None
-            return found
-
-        found: Tensor = self.over(cells, theta, drawn, phi)
+        found: Tensor = self.over(lambda t, p: self.log_cells(t, p, batch), theta, drawn, phi)
         return found
 
     def particle_response(self, theta: Theta, drawn: bool, phi: Tensor, batch: Batch) -> Any:

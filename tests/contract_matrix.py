@@ -16,7 +16,7 @@ STRATEGIES = (
     *("ExactGP", "Quadrature", "ProtoNet", "LatentNP"),
     *("FOMAML", "Reptile", "MetaSGD", "ANIL", "ImplicitMAML"),
     *("Laplace", "Variational", "SGLD", "SGHMC", "ABML", "BMAML", "PLATIPUS"),
-    *("Pathfinder", "NestedLaplace"),
+    *("Pathfinder", "NestedLaplace", "PACBayes"),
 )
 
 
@@ -246,6 +246,22 @@ _ELSEWHERE = {
     (strategy, name): ONE_ROW
     for strategy in ("ABML", "BMAML", "PLATIPUS")
     for name in ("eight_schools", "eight_schools_centered")
+}
+# A bounded loss of E[y | x, φ] does not see how y spreads around it.
+_ELSEWHERE |= {
+    ("PACBayes", name): _stays("noise", "PACBayes")
+    for name in (
+        *("varying_intercepts", "ragged_one_row", "two_coefficients", "student_t"),
+        "module_parameters",
+    )
+}
+_ELSEWHERE |= {
+    ("PACBayes", name): Refuses(
+        "UnsupportedModelError",
+        "points that are independent given φ: the theorem is about their losses",
+        "the joint layout of",
+    )
+    for name in ("gaussian_process", "gaussian_process_learned")
 }
 _ELSEWHERE |= {
     ("NestedLaplace", name): NO_THETA

@@ -46,6 +46,7 @@ ORDER = [
     "compilation",
     "staging",
     "problem",
+    "bounded_loss",
     "simulation",
     "optimisation",
     "models",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hbmeta import bounds
-from hbmeta.certificate_plots import BOUNDS, bounds_by_tasks
+from hbmeta.certificate_plots import BOUNDS, bounds_by_tasks, certificates_by_tasks
 from hbmeta.errors import DataError
 
 
@@ -50,3 +50,30 @@ def test_the_bounds_are_listed_from_large_to_small():
 def test_bad_arguments(arguments):
     with pytest.raises(DataError):
         bounds_by_tasks(**arguments)
+
+
+def test_certificates_stand_over_the_true_risk_and_are_named_at_their_ends():
+    values = {"joint_kl": [1.4, 0.5, 0.21], "query_split": [0.6, 0.3, 0.2]}
+    (axis,) = certificates_by_tasks([10, 100, 1000], values, [0.1, 0.09, 0.08], title="why").axes
+    drawn = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+    np.testing.assert_array_equal(drawn["joint_kl"], [1.0, 0.5, 0.21])  # cut where it says nothing
+    np.testing.assert_array_equal(drawn["query_split"], values["query_split"])
+    said = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert list(said) == ["0.20  query split", "0.21  joint kl", "true risk"]
+    assert said["0.21  joint kl"] - said["0.20  query split"] == pytest.approx(0.05)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["10", "100", "1,000"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "values", "risk"),
+    [
+        ([10], {"a": [0.5]}, [0.1]),
+        ([10, 5], {"a": [0.5, 0.4]}, [0.1, 0.1]),
+        ([5, 10], {"a": [0.5]}, [0.1, 0.1]),
+        ([5, 10], {"a": [0.5, np.nan]}, [0.1, 0.1]),
+        ([5, 10], {}, [0.1, 0.1]),
+    ],
+)
+def test_certificates_that_cannot_be_drawn_are_refused(tasks, values, risk):
+    with pytest.raises(DataError, match="increasing numbers of tasks"):
+        certificates_by_tasks(tasks, values, risk)

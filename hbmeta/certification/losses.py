@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from pyro.distributions import Bernoulli, Categorical
 from torch import Tensor
 
+from hbmeta.bounded_loss import has_classes
 from hbmeta.errors import DataError, UnsupportedModelError
 from hbmeta.predictive import Predictive
 from hbmeta.problem import Problem
 
-__all__ = ["LOSSES", "Loss", "has_classes", "loss_of"]
+__all__ = ["LOSSES", "Loss", "loss_of"]
 
 LOSSES = ("zero-one", "clipped-nll", "truncated-squared")
 
@@ -78,16 +76,6 @@ class Loss:
         assert self.constant is not None
         squared = ((mean.double() - y.double()) / self.constant).square()
         return squared.clamp(max=1.0)
-
-
-def has_classes(problem: Problem) -> bool:
-    """Whether the response of a program is a class."""
-    batch = problem.one_row()
-    with torch.no_grad():
-        response: Any = problem.response(problem.theta(batch), {}, batch)
-    while hasattr(response, "base_dist"):
-        response = response.base_dist
-    return isinstance(response, Bernoulli | Categorical)
 
 
 def loss_of(

@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable, Mapping
 
 from hbmeta.cli.runs import open_run
-from hbmeta.diagnosis import Diagnosis
+from hbmeta.diagnosis import Diagnosis, reference_fit
 from hbmeta.diagnosis import diagnose as diagnosed
 from hbmeta.files import write_text
+from hbmeta.fitted import Fitted
 from hbmeta.tables import aligned
 
 __all__ = ["diagnose"]
@@ -24,9 +25,12 @@ def diagnose(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
     names = run.fits if arguments.strategy is None else (arguments.strategy,)
     reference = None if arguments.reference == "none" else arguments.reference
     found: dict[str, Diagnosis] = {}
+    judge: Fitted | None = None
     for name in names:
         _, fitted = run.fitted(name)
-        found[name] = diagnosed(fitted, reference=reference, seed=arguments.seed)
+        if judge is None and reference is not None:
+            judge = reference_fit(fitted, reference=reference, seed=arguments.seed)
+        found[name] = diagnosed(fitted, reference=judge or reference, seed=arguments.seed)
         say(f"{name}: diagnosed in {found[name].seconds:.1f} s")
     shown = next((name for name in names if found[name].verdict != "right"), names[0])
     if len(found) > 1:

@@ -10,5 +10,6 @@ judgement    one call for all
 
 from hbmeta.diagnosis.judgement import diagnose
 from hbmeta.diagnosis.records import Diagnosis, Parameter, Symptom, Task
+from hbmeta.diagnosis.reference import reference_fit
 
-__all__ = ["Diagnosis", "Parameter", "Symptom", "Task", "diagnose"]
+__all__ = ["Diagnosis", "Parameter", "Symptom", "Task", "diagnose", "reference_fit"]

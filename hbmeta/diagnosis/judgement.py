@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Literal
 
 import torch
 
@@ -12,7 +11,7 @@ from hbmeta.densities import Delta
 from hbmeta.diagnosis.chains import mixes, symptoms_of_draws
 from hbmeta.diagnosis.observations import symptoms_of_model
 from hbmeta.diagnosis.records import Diagnosis, Parameter, Symptom, Task, Verdict
-from hbmeta.diagnosis.reference import Reference, find_reference
+from hbmeta.diagnosis.reference import Choice, Reference, find_reference, support_of
 from hbmeta.diagnosis.verdicts import judged_parameters
 from hbmeta.diagnosis.weights import Corrected, correct, symptoms_of_weights
 from hbmeta.errors import DataError
@@ -34,7 +33,7 @@ def diagnose(
     fitted: Fitted,
     tasks: Tasks | TaskSet | Episode | None = None,
     *,
-    reference: Literal["auto", "nested", "nuts"] | None = "auto",
+    reference: Choice | Fitted | None = "auto",
     draws: int = 2000,
     seed: int = 0,
 ) -> Diagnosis:
@@ -53,8 +52,9 @@ def diagnose(
         fitted: of any strategy.
         tasks: whose posterior; those of the fit by default. Of a TaskSet or an Episode the support.
         reference: "nested" tries importance sampling alone, "nuts" NUTS alone, "auto" NUTS after
-            importance sampling where that cannot be relied on and there are few parameters; None
-            goes by the fit's own diagnostics.
+            importance sampling where that cannot be relied on and there are few parameters; a fit
+            of NestedLaplace or NUTS that is there already (`hbmeta.diagnosis.reference_fit` makes
+            one for several fits); None goes by the fit's own diagnostics.
         draws: of the reference and of the weights of q.
         seed: of all that is random; the caller's random state is left alone.
     Returns:
@@ -70,7 +70,7 @@ def diagnose(
     start = time.perf_counter()
     _check_arguments(fitted, reference, draws)
     seed = check_seed(seed, where=_WHERE)
-    support = _support(fitted, tasks)
+    support = support_of(fitted, tasks)
     posterior = fitted.posterior_of(support)
     symptoms = symptoms_of_draws(fitted, posterior)
     corrected = correct(posterior, draws, seed)
@@ -106,10 +106,10 @@ def _check_arguments(fitted: object, reference: object, draws: int) -> None:
             found=type(fitted).__name__,
             do="Call strategy.fit(model, tasks) first.",
         )
-    if reference not in _CHOICES:
+    if not isinstance(reference, Fitted) and reference not in _CHOICES:
         raise DataError(
             _WHERE,
-            needed='reference as "auto", "nested", "nuts" or None',
+            needed='reference as "auto", "nested", "nuts", a fit of NestedLaplace or NUTS, or None',
             found=repr(reference),
             do='Leave it out for "auto".',
         )
@@ -118,20 +118,6 @@ def _check_arguments(fitted: object, reference: object, draws: int) -> None:
         raise DataError(
             _WHERE, needed="200 draws or more", found=str(draws), do="Leave it out for 2000."
         )
-
-
-def _support(fitted: Fitted, tasks: object) -> Tasks:
-    support = tasks.support if isinstance(tasks, TaskSet | Episode) else tasks
-    if support is None:
-        support = fitted.tasks
-    if not isinstance(support, Tasks) or not support.n_tasks:
-        raise DataError(
-            _WHERE,
-            needed="one task or more, as Tasks, a TaskSet or an Episode",
-            found="none" if isinstance(support, Tasks) else type(support).__name__,
-            do="Leave tasks out for those of the fit.",
-        )
-    return support
 
 
 def _symptoms_of_spread(

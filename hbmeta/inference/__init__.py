@@ -15,6 +15,7 @@ from hbmeta.inference.maml import MAML
 from hbmeta.inference.meta_sgd import MetaSGD
 from hbmeta.inference.nested_laplace import NestedLaplace
 from hbmeta.inference.nuts import NUTS
+from hbmeta.inference.pac_bayes import PACBayes
 from hbmeta.inference.pathfinder import Pathfinder
 from hbmeta.inference.platipus import PLATIPUS
 from hbmeta.inference.pooling import CompletePooling, NoPooling
@@ -46,6 +47,7 @@ __all__ = [
     "MetaSGD",
     "NestedLaplace",
     "NoPooling",
+    "PACBayes",
     "Pathfinder",
     "ProtoNet",
     "Quadrature",

@@ -24,33 +24,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hbmeta.curvature import gradient_and_hessian
 from hbmeta.densities import Gaussian
-from hbmeta.errors import UnsupportedModelError
 from hbmeta.inference.bayesian_gradient import BayesianGradient, Noise
 from hbmeta.inference.inner_optimizers import Leaves
-from hbmeta.normals import bounded, normal_kl
+from hbmeta.inference.prior_expansion import PriorExpansion, check_expansion, expanded_prior
+from hbmeta.normals import bounded
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
 from hbmeta.tasks import Tasks
-from hbmeta.triangular import cholesky
-
-_DENSE_AT_MOST = 64
 
 __all__ = ["ABML"]
-
-
-class _Prior(NamedTuple):
-    """N(m, Λ⁻¹) per task: m and s (tasks, size), and R (tasks, size, size), None for I."""
-
-    loc: Tensor
-    scale: Tensor
-    correlation: Tensor | None
 
 
 class _LogScale(nn.Module):
@@ -118,27 +106,7 @@ class ABML(BayesianGradient):
 
     def check(self, problem: Problem) -> None:
         """A prior with a Gaussian expansion: curved in every coordinate, dense only if small."""
-        size = problem.sites.phi_size
-        if not problem.diagonal_prior and size > _DENSE_AT_MOST:
-            raise UnsupportedModelError(
-                self.name,
-                needed=f"at most {_DENSE_AT_MOST} parameters per task where they depend on each "
-                "other given θ",
-                found=str(size),
-                do="Use BMAML or PLATIPUS.",
-            )
-        batch = problem.one_row()
-        precision = _precision(problem, problem.theta(batch), batch).detach()
-        flat = ~(_diagonal(precision, problem) > 0.0)
-        bad = problem.sites.from_vector(flat.to(problem.dtype))
-        for name, value in bad.items():
-            if bool(value.any()):
-                raise UnsupportedModelError(
-                    self.name,
-                    needed="a task prior that curves downwards at its location",
-                    found=f"site {name!r}, whose prior is flat or has a kink there",
-                    do="Give it a Normal or another smooth prior, or use BMAML or PLATIPUS.",
-                )
+        check_expansion(problem, self.name, do="Use BMAML or PLATIPUS.")
 
     def parameters(self, problem: Problem, tasks: Tasks, seed: int) -> nn.Module | None:
         """The factors of the prior's scale, if they are learned."""
@@ -184,22 +152,15 @@ class ABML(BayesianGradient):
         if self.objective == "predictive":
             total = torch.logsumexp(values, 0) - math.log(values.shape[0])
         else:
-            total = values.mean(0) - _kl(prior, u, rho)
+            total = values.mean(0) - prior.kl(u, rho)
         return -total / query.counts.clamp_min(1.0)
 
-    def _prior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> _Prior:
-        loc = problem.location(theta, support)
-        precision = _precision(problem, theta, support, loc)
-        scale = _diagonal(precision, problem).rsqrt()
-        correlation = None
-        if not problem.diagonal_prior:
-            correlation = scale.unsqueeze(-1) * precision * scale.unsqueeze(-2)
-        if own is not None:
-            scale = scale * own().exp()
-        return _Prior(loc, scale, correlation)
+    def _prior(self, problem: Problem, theta: Theta, own: Any, support: Batch) -> PriorExpansion:
+        prior = expanded_prior(problem, theta, support)
+        return prior if own is None else prior._replace(scale=prior.scale * own().exp())
 
     def _adapted(
-        self, problem: Problem, theta: Theta, prior: _Prior, support: Batch, noise: Tensor
+        self, problem: Problem, theta: Theta, prior: PriorExpansion, support: Batch, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         """u and ρ (tasks, size) after N steps."""
         points = self.points(support)
@@ -210,53 +171,16 @@ class ABML(BayesianGradient):
         def objective(leaves: Leaves) -> Tensor:
             u, rho = leaves[0], bounded(leaves[1])
             expected = torch.vmap(log_likelihood)(_draws(prior, u, rho, noise)).mean(0)
-            return (_kl(prior, u, rho) - expected) / points
+            return (prior.kl(u, rho) - expected) / points
 
         zero = torch.zeros_like(prior.loc)
         u, raw = self.descended(objective, [zero, zero.clone()])
         return u, bounded(raw)
 
 
-def _draws(prior: _Prior, u: Tensor, rho: Tensor, noise: Tensor) -> Tensor:
+def _draws(prior: PriorExpansion, u: Tensor, rho: Tensor, noise: Tensor) -> Tensor:
     """(2 K, tasks, size) φ of q at ±ε."""
     return prior.loc + prior.scale * (u + rho.exp() * torch.cat([noise, -noise]))
-
-
-def _kl(prior: _Prior, u: Tensor, rho: Tensor) -> Tensor:
-    """(tasks,) KL(q ‖ N(m, Λ⁻¹)) in nats, exact; see the module's docstring."""
-    found = normal_kl(u, rho, torch.zeros_like(rho))
-    if prior.correlation is None:
-        return found
-    # uᵀ R u = uᵀ u + uᵀ (R − I) u, of which the first is in `found`.
-    product = (prior.correlation @ u.unsqueeze(-1)).squeeze(-1)
-    log_det = 2.0 * cholesky(prior.correlation).diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return found + 0.5 * (u * (product - u)).sum(-1) - 0.5 * log_det
-
-
-def _precision(problem: Problem, theta: Theta, batch: Batch, loc: Tensor | None = None) -> Tensor:
-    """Λ of the task prior at its location, (tasks, size, size), or its diagonal (tasks, size).
-
-    Differentiable in θ. Of independent coordinates the diagonal is the sum over each row, which one
-    more backward pass gives.
-    """
-    loc = problem.location(theta, batch) if loc is None else loc
-
-    def log_prior(phi: Tensor) -> Tensor:
-        return problem.log_task_prior(theta, phi, batch)
-
-    if not problem.diagonal_prior:
-        return -gradient_and_hessian(log_prior, loc, create_graph=True)[2]
-    phi = loc if loc.requires_grad else loc.detach().requires_grad_()
-    with torch.enable_grad():
-        # 0 φ: a flat prior is no function of φ, and a linear one has no second gradient.
-        value = log_prior(phi).sum() + 0.0 * phi.square().sum()
-        (gradient,) = torch.autograd.grad(value, phi, create_graph=True)
-        (row,) = torch.autograd.grad(gradient.sum(), phi, create_graph=True)
-    return -row
-
-
-def _diagonal(precision: Tensor, problem: Problem) -> Tensor:
-    return precision if problem.diagonal_prior else precision.diagonal(dim1=-2, dim2=-1)
 
 
 def _with_second_moments(noise: Tensor) -> Tensor:

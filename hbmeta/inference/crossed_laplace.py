@@ -12,7 +12,6 @@ from hbmeta.densities import Empirical
 from hbmeta.errors import CurvatureError, DataError, UnsupportedModelError
 from hbmeta.evidence import warn_of_search
 from hbmeta.optimisation import minimise
-from hbmeta.parametrisation import shared_effects
 from hbmeta.problem import Problem
 from hbmeta.program import Theta
 from hbmeta.tasks import Tasks
@@ -25,27 +24,7 @@ _KEPT = 1000
 # On the gradient, in nats per row and unit of a prior's scale.
 _TOLERANCE = 1e-6
 
-__all__ = ["check_integrated", "learn_crossed", "refuse_effects_at_a_point"]
-
-
-def refuse_effects_at_a_point(problem: Problem, integrated: tuple[str, ...], where: str) -> None:
-    """Raises where θ holds effects whose scale is in θ too: at a point the two have no mode.
-
-    log p(u | τ) of n effects holds −n log τ, which grows without bound as u and τ fall to 0.
-
-    Raises:
-        UnsupportedModelError: names the site.
-    """
-    left = [name for name in shared_effects(problem) if name not in integrated]
-    if left:
-        raise UnsupportedModelError(
-            where,
-            needed="level-1 parameters that can be held at a point",
-            found=f"{left[0]!r}, whose scale is a level-1 parameter itself: their joint density "
-            "grows without bound as both fall to 0",
-            do=f"Use Laplace(integrated={tuple(left)!r}), Variational(theta='distribution') or "
-            "NUTS.",
-        )
+__all__ = ["check_integrated", "learn_crossed"]
 
 
 def check_integrated(problem: Problem, names: tuple[str, ...], where: str) -> None:

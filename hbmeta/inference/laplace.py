@@ -25,7 +25,7 @@ from hbmeta.conjugate_gradients import solve
 from hbmeta.curvatures import DENSE, Kind, check_curvature, check_kind
 from hbmeta.damping import check_damping, warn_of_damping
 from hbmeta.densities import Transported
-from hbmeta.effects import refuse_scaled_effects, scaled_effects
+from hbmeta.effects import shared_effects
 from hbmeta.errors import DataError
 from hbmeta.evidence import maximise_evidence
 from hbmeta.feeding import Needs, training_tasks
@@ -34,7 +34,6 @@ from hbmeta.inference.approximation import approximate
 from hbmeta.inference.crossed_laplace import (
     check_integrated,
     learn_crossed,
-    refuse_effects_at_a_point,
 )
 from hbmeta.inference.implicit_gradient import PRODUCTS_PER_SOLVE
 from hbmeta.inference.laplace_gradient import EvidenceGradient, MinusEvidence
@@ -44,7 +43,6 @@ from hbmeta.inference.softened import soften
 from hbmeta.inference.strategy import Strategy
 from hbmeta.laplace_evidence import kind_for_evidence, total_evidence
 from hbmeta.modes import Modes, find_modes, warn_of_missed
-from hbmeta.parametrisation import shared_effects
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
 from hbmeta.program import Batch, Theta
@@ -179,19 +177,18 @@ class Laplace(Strategy):
 
     def suited(self, problem: Problem, known: Tasks) -> Laplace:
         """With every effect that has a scale of its own integrated out, where settings allow."""
-        scaled = scaled_effects(problem, problem.batch(known[:2]))
-        found = (*shared_effects(problem), *scaled)
+        check_integrated(problem, self.integrated, self.name)
+        found = shared_effects(problem, problem.batch(known[:2]))
         plain = self.curvature == "exact" and self.damping is None and self.prior
-        if found and not self.integrated and plain and problem.sites.phi_size <= DENSE:
-            return replace(self, integrated=found)
-        refuse_scaled_effects(tuple(n for n in scaled if n not in self.integrated), self.name)
+        if found.names and not self.integrated and plain and problem.sites.phi_size <= DENSE:
+            return replace(self, integrated=found.names)
+        found.refuse_at_a_point(self.name, integrated=self.integrated)
         return self
 
     def check(self, problem: Problem) -> None:
-        """A program that has this curvature, and a θ that can be held at a point."""
+        """A program that has this curvature, and sites that can be integrated out."""
         check_curvature(self.curvature, problem, self.name, self.sites)
         check_integrated(problem, self.integrated, self.name)
-        refuse_effects_at_a_point(problem, self.integrated, self.name)
 
     @staticmethod
     def soften(

@@ -113,6 +113,10 @@ class NestedLaplace(Strategy):
                     do="Leave it out for the default.",
                 )
 
+    def suited(self, problem: Problem, known: Tasks) -> Strategy:
+        """Itself: θ is drawn."""
+        return self
+
     def check(self, problem: Problem) -> None:
         """Priors, some θ to integrate out, and few enough numbers on either level."""
         require_priors(problem, self.name)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from hbmeta.compilation import HALVES
 from hbmeta.densities import Delta, Density, Empirical, Transported
-from hbmeta.effects import refuse_scaled_effects, scaled_effects
+from hbmeta.effects import shared_effects
 from hbmeta.errors import ConvergenceError, DataError, UnsupportedModelError
 from hbmeta.feeding import Needs, training_tasks
 from hbmeta.fitted import Fitted, Seconds
@@ -154,7 +154,7 @@ class Strategy(abc.ABC):
             UnsupportedModelError: θ holds effects and a scale of theirs, which would stay at a
                 point together (`hbmeta.effects`).
         """
-        refuse_scaled_effects(scaled_effects(problem, problem.batch(known[:2])), self.name)
+        shared_effects(problem, problem.batch(known[:2])).refuse_at_a_point(self.name)
         return self
 
     def learn(self, problem: Problem, data: Any, options: Options) -> Learned:

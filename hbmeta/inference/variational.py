@@ -29,7 +29,6 @@ from hbmeta.feeding import training_tasks
 from hbmeta.fitted import Fitted
 from hbmeta.inference.adapting import adapt_to_draws
 from hbmeta.inference.amortized_guide import AmortizedGuide, require_proper_prior
-from hbmeta.inference.crossed_laplace import refuse_effects_at_a_point
 from hbmeta.inference.strategy import Strategy
 from hbmeta.posterior import TaskPosterior
 from hbmeta.problem import Problem
@@ -206,9 +205,7 @@ class Variational(Strategy):
                 found=f"rank {self.rank} with {size}",
                 do="Lower rank, or use family='full'.",
             )
-        if self.theta == "point":
-            refuse_effects_at_a_point(problem, (), self.name)
-        elif not problem.sites.globals:
+        if self.theta == "distribution" and not problem.sites.globals:
             raise UnsupportedModelError(
                 self.name,
                 needed="global sites to have a distribution",

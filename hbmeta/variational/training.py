@@ -32,7 +32,15 @@ from hbmeta.variational.search import Guide
 
 _MEAN, _SQUARE, TINY = 0.9, 0.999, 1e-8
 
-__all__ = ["TINY", "Trained", "learning_rates", "train_guide", "untouched_by"]
+__all__ = [
+    "TINY",
+    "Adam",
+    "Trained",
+    "learning_rates",
+    "tasks_of_step",
+    "train_guide",
+    "untouched_by",
+]
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Trained:
     tier: Tier
 
 
-class _Adam:
+class Adam:
     """Adam of one tensor; with `rows`, of those of its rows that are in a step."""
 
     def __init__(self, value: Tensor, rate: float, floor: float, *, rows: bool) -> None:
@@ -70,6 +78,7 @@ class _Adam:
         return {name: getattr(self, name) for name in names}
 
     def step(self, gradient: Tensor, share: float, chosen: Tensor | None) -> None:
+        """One step down the gradient, of the rows that are chosen."""
         at: Any = ... if chosen is None else chosen
         self.count[at] += 1
         mean = self.mean[at] + (1 - _MEAN) * (gradient - self.mean[at])
@@ -149,8 +158,8 @@ def train_guide(
         expected_calls=options.steps,
         check_every=max(options.steps // 4, 1),
     )
-    optimisers = [_Adam(shared[k], rates[k], TINY, rows=False) for k in names]
-    own = _Adam(rows, row_rate, row_floor, rows=True)
+    optimisers = [Adam(shared[k], rates[k], TINY, rows=False) for k in names]
+    own = Adam(rows, row_rate, row_floor, rows=True)
     rates_of_steps = shares(options)
     shapes = guide.noise_shapes(each)
     generator = torch.Generator().manual_seed(options.seed + 1)
@@ -167,7 +176,7 @@ def train_guide(
             state[label].copy_(value)
     course = Course(name, rates_of_steps, done, watched, progress=show_progress(options.progress))
     for number, share in enumerate(rates_of_steps.tolist()[len(done) :], start=len(done)):
-        chosen = _chosen(number, options, n_tasks, each)
+        chosen = tasks_of_step(number, options, n_tasks, each)
         part, some, at = batch, frame, chosen
         if chosen is not None:
             at = chosen.to(batch.x.device)
@@ -221,7 +230,7 @@ def untouched_by(
     return [name.removeprefix("theta/") for name in names]
 
 
-def _chosen(number: int, options: Options, n_tasks: int, each: int) -> Tensor | None:
+def tasks_of_step(number: int, options: Options, n_tasks: int, each: int) -> Tensor | None:
     """The tasks of a step: a shuffled pass over all of them after the other; None for all."""
     if each >= n_tasks:
         return None

@@ -22,6 +22,7 @@ FILES = [
     "bound",
     "inverse",
     "differentiable",
+    "objectives",
     "divergences",
     "expected_divergences",
     "single_task",

@@ -12,7 +12,8 @@ from tests.bounds import mutants, vectors
 def test_there_are_enough_and_every_file_has_some():
     assert len(set(mutants.MUTANTS)) == len(mutants.MUTANTS) >= 40
     changed = {file for file, _, _ in mutants.MUTANTS}
-    assert set(mutants.FILES) - changed == {"__init__", "differentiable"}
+    # These two are held against the bounds themselves, in tests of their own.
+    assert set(mutants.FILES) - changed == {"__init__", "differentiable", "objectives"}
     assert {path.stem for path in mutants.FOLDER.glob("*.py")} == set(mutants.FILES)
 
 

@@ -13,6 +13,7 @@ import torch
 import hbmeta
 from hbmeta import inference
 from hbmeta.densities import Empirical, Gaussian
+from hbmeta.diagnosis import reference_fit
 from hbmeta.diagnosis.observations import leave_one_out_pit
 from hbmeta.diagnosis.records import summed_up
 from hbmeta.diagnosis.verdicts import verdict_of
@@ -184,6 +185,71 @@ def test_leave_one_out_pit_is_that_of_the_posterior_without_the_row(fitted, task
         z = (float(y[row] - 0.5 * x[row]) - mean) / math.sqrt(1 / precision + 0.25)
         # 1,000 draws, a fifth of them effective at worst: errors of 0.02 at most.
         assert float(u[row]) == pytest.approx(0.5 * math.erfc(-z / math.sqrt(2)), abs=0.08)
+
+
+def test_a_reference_that_is_there_gives_the_verdicts_of_one_that_is_made(fitted, tasks, right):
+    made = reference_fit(fitted)
+    assert made.strategy.name == "NestedLaplace"
+    found = hbmeta.diagnose(fitted, tasks, reference=made)
+    assert found.parameters == right.parameters
+    assert (found.reference, found.symptoms) == (right.reference, right.symptoms)
+    # One that fails its own check judges nothing, and that is said.
+    failed = dataclasses.replace(made, info={**made.info, "pareto_k": 1.3})
+    found = hbmeta.diagnose(fitted, tasks, reference=failed)
+    assert found.verdict == "unverified"
+    assert [s.name for s in found.symptoms] == ["reference by NestedLaplace"]
+    assert "1.30" in found.symptoms[0].measured
+
+
+def test_a_reference_of_something_else_is_refused(fitted, tasks):
+    def other(x, y=None):
+        return varying(x, y)
+
+    made = reference_fit(fitted)
+    few = inference.Laplace().fit(varying, tasks[:8], compile=False)
+    renamed = inference.Laplace().fit(other, tasks, compile=False)
+    for reference, fit, words in [
+        (fitted, fitted, "one of Laplace"),
+        (made, renamed, "one of the program varying, not of .*other"),
+        (made, few, "fitted to other rows"),
+    ]:
+        with pytest.raises(DataError, match=words):
+            hbmeta.diagnose(fit, reference=reference)
+    # New tasks count among the rows that a reference has to know.
+    hbmeta.diagnose(few, tasks[8:], reference=made, draws=300)
+
+
+def test_programs_without_priors_of_theta_have_no_reference_in_common():
+    known = case("linear_own_nested")
+    fitted = inference.ExactLinear().fit(known.program, known.tasks, compile=False)
+    assert reference_fit(fitted) is None
+
+
+@pytest.mark.slow
+def test_chains_judge_where_nested_laplace_does_not_apply():
+    """More than 64 effects of level 1: too many for NestedLaplace, and NUTS draws them."""
+
+    def program(x, y=None, *, task, n_tasks):
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 0.3))
+        z = pyro.sample("z", dist.Normal(x.new_zeros(70), 1.0).to_event(1))
+        with pyro.plate("task", n_tasks):
+            person = pyro.sample("person", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("point", x.shape[0]):
+            pyro.sample("y", dist.Normal(tau * z[x[:, 0].long()] + person[task], 1.5), obs=y)
+
+    rng = np.random.default_rng(0)
+    task, item = np.arange(60) % 10, rng.integers(0, 70, 60)
+    y = np.linspace(-1.5, 1.5, 70)[item] + rng.standard_normal(10)[task]
+    y += 1.5 * rng.standard_normal(60)
+    tasks = Tasks.from_flat(item[:, None].astype(float), y, task, 10)
+    fitted = inference.Laplace().fit(program, tasks, compile=False)
+    found = hbmeta.diagnose(fitted)
+    assert found.reference.startswith("NUTS (")
+    (symptom,) = (s for s in found.symptoms if s.about == "reference")
+    assert symptom.name == "reference by NestedLaplace"
+    assert "found 71" in symptom.measured
+    assert found.verdict_of_means == "right"
+    assert hbmeta.diagnose(fitted, reference="nested").verdict != "right"
 
 
 def test_verdicts_count_errors():
