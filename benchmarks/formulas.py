@@ -1,6 +1,6 @@
 """Mixed-effects formulas on data that others have published estimates of.
 
-    python -m benchmarks.formulas [--only NAME ...] [--quick]
+    python -m benchmarks.formulas [--only NAME ...] [--quick] [--again]
 
 needs $HBMETA_DATA or ../shared/data. Every formula is fitted by Laplace (θ at the mode of its
 posterior density, the coefficients of the tasks integrated out) and by NUTS, and by Bambi with its
@@ -9,7 +9,9 @@ own defaults where that is installed; a Gaussian model of one group by maximum l
 posterior mean of a standard deviation with few groups lies above it. Bambi takes the coefficients
 of a group as independent. Where several groups are crossed, Laplace integrates all effects out.
 Seconds are those of a whole fit, compiling included. InstEval is cut to its first 150 students.
---quick draws little.
+The figure of a formula sets Laplace's posterior beside no and complete pooling; crossed groups are
+left out of these two. What is done is kept under results/formulas; --again makes it anew. --quick
+draws little and keeps nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +31,18 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.programs import data_folder
-from hbmeta.inference import NUTS, ExactLinear, Laplace
+from hbmeta import plots
+from hbmeta.files import atomic, write_text
+from hbmeta.fitted import Fitted
+from hbmeta.inference import NUTS, CompletePooling, ExactLinear, Laplace, NoPooling
 from hbmeta.models import FormulaModel, from_formula
 from hbmeta.models.formula_priors import FormulaFamily, site_names
 from hbmeta.tasks import TaskSet
 
 SEED = 0
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "results" / "formulas"
+IMAGES = ROOT / "docs" / "images"
 Estimates = dict[str, tuple[float, float | None]]
 """Mean and, where it was drawn, sd by parameter."""
 
@@ -46,6 +54,7 @@ class Case:
     Attributes:
         published: estimates by parameter, and where they stand.
         students: keep the rows of so many levels of the first group.
+        one_group: the formula without the groups that are crossed with the task.
     """
 
     name: str
@@ -55,6 +64,12 @@ class Case:
     published: dict[str, float] = field(default_factory=dict)
     source: str = ""
     students: int | None = None
+    one_group: str = ""
+
+    @property
+    def image(self) -> str:
+        """The name of the figure."""
+        return f"pooling_{self.name.lower()}.png"
 
     def frame(self, folder: Path) -> pd.DataFrame:
         """The table."""
@@ -118,6 +133,7 @@ CASES = (
             "sd Intercept | item": 0.342271,
         },
         source="MixedModels.jl, Laplace",
+        one_group="r2 ~ Anger + Gender + btype + situ + mode + (1 | id)",
     ),
     Case(
         "Hsb82", "mlmRev/Hsb82.csv", "mAch ~ meanses * cses + sector * cses + (1 + cses | school)"
@@ -127,6 +143,7 @@ CASES = (
         "lme4/InstEval.csv",
         "y ~ service + (1 | s) + (1 | d) + (1 | dept:service)",
         students=150,
+        one_group="y ~ service + (1 | s)",
     ),
 )
 
@@ -196,7 +213,27 @@ def theirs(name: str) -> str:
     return f"{bare}[{', '.join(levels)}]" if levels else bare
 
 
-def table(case: Case, folder: Path, *, draws: int) -> list[str]:
+def draw(case: Case, frame: pd.DataFrame, tasks: TaskSet, laplace: Fitted) -> None:
+    """The figure of partial pooling, into docs/images."""
+    model = from_formula(case.one_group or case.formula, frame, case.family)
+    alone, complete = (
+        strategy.fit(model, model.tasks(frame), seed=SEED, progress=False).adapt(model.tasks(frame))
+        for strategy in (NoPooling(), CompletePooling())
+    )
+    columns = next(b.columns for b in model.design.blocks if b.group == model.design.task)
+    figure = plots.shrinkage(
+        alone,
+        complete,
+        laplace.adapt(tasks),
+        "coefficients",
+        range(len(columns)),
+        label=[f"{name} | {model.design.task}" for name in columns],
+    )
+    with atomic(IMAGES / case.image) as path:
+        figure.savefig(path, dpi=90)
+
+
+def table(case: Case, folder: Path, *, draws: int, figure: bool) -> list[str]:
     """The lines of one formula."""
     frame = case.frame(folder)
     model = from_formula(case.formula, frame, case.family)
@@ -212,6 +249,8 @@ def table(case: Case, folder: Path, *, draws: int) -> list[str]:
     nuts = NUTS(draws=draws, chains=2, warmup=500, processes=1).fit(
         model, tasks, seed=SEED, progress=False
     )
+    if figure:
+        draw(case, frame, tasks, laplace)
     columns["Laplace"], columns["NUTS"] = estimates(model, laplace), estimates(model, nuts)
     seconds = {"Laplace": laplace.seconds.fit, "NUTS": nuts.seconds.fit}
     if importlib.util.find_spec("bambi") is not None:
@@ -241,7 +280,8 @@ def table(case: Case, folder: Path, *, draws: int) -> list[str]:
         f"NUTS: largest R̂ {_largest_r_hat(nuts):.3f}, {nuts.info['divergences']} divergences, "
     )
     quality += f"{nuts.info['parametrisation']['coefficients']}"
-    return [*lines, "", f"Seconds: {times}. {quality}.", ""]
+    shown = f"![Partial pooling of {case.name}](../../docs/images/{case.image})"
+    return [*lines, "", f"Seconds: {times}. {quality}.", "", shown, ""]
 
 
 def _largest_r_hat(fitted: Any) -> float:
@@ -266,15 +306,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     names = [case.name for case in CASES]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--quick", action="store_true", help="200 draws")
+    parser.add_argument("--quick", action="store_true", help="200 draws, no figure, nothing kept")
+    parser.add_argument("--again", action="store_true", help="make anew what is kept")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     print(f"# Formulas\n\n{describe(SEED)}, one thread\n")
     for case in CASES:
-        if case.name in chosen.only:
-            lines = table(case, data_folder(), draws=200 if chosen.quick else 1000)
-            print("\n".join(lines), flush=True)
+        if case.name not in chosen.only:
+            continue
+        if chosen.quick:
+            text = "\n".join(table(case, data_folder(), draws=200, figure=False))
+        else:
+            path = KEPT / f"{case.name}.md"
+            if chosen.again or not path.exists():
+                write_text(path, "\n".join(table(case, data_folder(), draws=1000, figure=True)))
+            text = path.read_text()
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
