@@ -143,7 +143,7 @@ CASES = (
         "lme4/InstEval.csv",
         "y ~ service + (1 | s) + (1 | d) + (1 | dept:service)",
         students=150,
-        one_group="y ~ service + (1 | s)",
+        one_group="y ~ service + (1 | d)",
     ),
 )
 
@@ -153,10 +153,10 @@ def estimates(model: FormulaModel, fitted: Any) -> Estimates:
     found: Estimates = {}
 
     def put(name: str, value: torch.Tensor) -> None:
-        if fitted.drawn:
-            found[name] = (float(value.mean()), float(value.std()))
-        else:
-            found[name] = (float(value), None)
+        # Draws of φ at one θ repeat that θ.
+        spread = float(value.std()) if fitted.drawn else 0.0
+        mean = float(value.mean())
+        found[name] = (mean, spread if spread > 1e-9 * abs(mean) else None)
 
     values = fitted.globals()
     for i, name in enumerate(model.design.common):

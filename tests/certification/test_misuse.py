@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hbmeta as hb
-from hbmeta import tasks
+from hbmeta import inference, tasks
 from hbmeta.certification import Certificate, FiniteHyperprior, GaussianHyperprior
 from hbmeta.certification.assumptions import episode_of, shared_tasks
 from hbmeta.densities import Delta
@@ -151,6 +151,22 @@ def test_refused(name, untouched):
     kind, text, call = REFUSED[name]
     with untouched(), pytest.raises(kind, match=text):
         call()
+
+
+def coin(x, y=None):
+    with pyro.plate("task", x.shape[0], dim=-2):
+        logit = pyro.sample("logit", dist.Normal(0.0, 2.0))
+        with pyro.plate("point", x.shape[1], dim=-1):
+            return pyro.sample("y", dist.Bernoulli(logits=logit), obs=y)
+
+
+def test_a_random_map_of_each_task_is_not_taken_for_a_joint_one():
+    """One draw and two outcomes: the losses of a task agree at every other seed."""
+    fit = cases.fit(inference.Laplace(), coin, flips(30, 0))
+    new = flips(30, 1)
+    for seed in range(20):
+        found = hb.certify(fit, new, bound="meta_test", draws=1, seed=seed)
+        assert 0.0 < found.statement.measured < 1.0
 
 
 @dataclass(frozen=True)
