@@ -242,10 +242,14 @@ def main() -> int:
         return 1
     for case in CASES.values():
         named = any(part in case.name for part in arguments.only)
-        if arguments.kept or not named or not kept_sample(case.name).exists():
+        if arguments.kept or not named:
             continue
-        sampled = Sampled.from_json(kept_sample(case.name).read_text())
+        path = kept_sample(case.name)
+        sampled = Sampled.from_json(path.read_text()) if path.exists() else None
         reference = reference_of(case, sampled, folder)
+        if not reference:
+            print(f"{case.name}: needs its run of benchmarks/posteriors.py first", file=sys.stderr)
+            continue
         by = None
         for name, strategy in strategies(arguments.strategies).items():
             path = kept(case.name, name)

@@ -110,6 +110,8 @@ ORDER = [
     "plots",
     "calibration_plots",
     "certificate_plots",
+    "predictive_plots",
+    "diagnosis_plots",
     "panels",
     "study",
     "studies",
