@@ -7,7 +7,7 @@ outside [0.75, 1.33] of it; a fit is wrong where more than one in ten of its par
 verdict that is not "right" counts as a flag, "unverified" too. Wanted: nine in ten wrong fits
 flagged, one in ten right fits at most.
 
-    python benchmarks/verdicts.py --only eight_schools radon_hierarchical --strategies Laplace NUTS
+    python -m benchmarks.verdicts --only eight_schools radon_hierarchical --strategies Laplace NUTS
 
 Results are kept, one file per program and strategy, so that a run goes on where it was cut off.
 """

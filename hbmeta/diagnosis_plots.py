@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
 
 from hbmeta.diagnosis import Diagnosis
 from hbmeta.diagnosis.records import Parameter
@@ -22,8 +22,8 @@ __all__ = ["pareto_k", "verdicts"]
 _RIGHT, _WRONG = "#0072B2", "#D55E00"
 # Ratios from a tenth to ten are shown, and shifts up to ten sd; a symmetric log scale between.
 _RATIOS, _SHIFTS = (0.1, 10.0), 10.0
-_NAMED, _NAMES_BELOW = 3, 30
-GOOD_K, USABLE_K = 0.5, 0.7
+_NAMES_BELOW = 30
+_GOOD_K, _USABLE_K, _LEAST_K = 0.5, 0.7, -0.5
 
 
 @styled
@@ -31,8 +31,8 @@ def verdicts(diagnoses: Mapping[str, Diagnosis]) -> Figure:
     """Each parameter's shift of the mean against its ratio of sds, one panel per diagnosis.
 
     The box is what counts as right. What lies beyond the axes stands at their edge: a point
-    estimate, of sd 0, at the lower one. The three parameters that are furthest off are named.
-    Level-1 parameters are diamonds.
+    estimate, of sd 0, at the lower one. Level-1 parameters are diamonds. `print(diagnosis)` names
+    those that are furthest off.
 
     Args:
         diagnoses: by name, from `hbmeta.diagnose`.
@@ -61,7 +61,8 @@ def pareto_k(diagnoses: Mapping[str, Diagnosis]) -> Figure:
     """k̂ of every task: whether q(φ | S) covers p(φ | S, θ) at the fit's θ.
 
     Below 0.5 draws of q can be weighed to the truth well, up to 0.7 usefully, above not at all
-    (Vehtari et al. 2024, JMLR 25). Fits whose q has no density have none and are left out.
+    (Vehtari et al. 2024, JMLR 25). What is below −0.5 stands there: bounded weights, or all alike
+    where q is p(φ | S, θ). Fits whose q has no density have no k̂ and are left out.
 
     Args:
         diagnoses: of the same tasks, by name.
@@ -69,11 +70,11 @@ def pareto_k(diagnoses: Mapping[str, Diagnosis]) -> Figure:
         DataError: no diagnosis, other tasks, or no k̂ in any of them.
     """
     known = {
-        name: np.array([task.pareto_k for task in one.tasks])
+        name: np.maximum([task.pareto_k for task in one.tasks], _LEAST_K)
         for name, one in _some(diagnoses, "pareto_k").items()
     }
     ids = {tuple(str(task.id) for task in one.tasks) for one in diagnoses.values()}
-    shown = {name: k for name, k in known.items() if np.isfinite(k).any()}
+    shown = {name: k for name, k in known.items() if not np.isnan(k).all()}
     if len(ids) != 1 or not shown:
         raise DataError(
             "pareto_k",
@@ -86,16 +87,16 @@ def pareto_k(diagnoses: Mapping[str, Diagnosis]) -> Figure:
     figure = Figure(figsize=(5.4, 2.8), layout="constrained")
     axis = figure.subplots()
     x = np.arange(len(names), dtype=float)
-    worst = np.nanmax(np.stack([np.where(np.isfinite(k), k, np.nan) for k in shown.values()]), 0)
+    worst = np.fmax.reduce(list(shown.values()))
     order = np.argsort(worst, kind="stable")
-    for limit, text in ((GOOD_K, "good"), (USABLE_K, "usable")):
+    for limit, text in ((_GOOD_K, "good"), (_USABLE_K, "usable")):
         axis.axhline(limit, color=GREY, lw=0.8, ls=(0, (3, 2)), zorder=0)
         axis.annotate(f"{text} below {limit:g}", (1.0, limit), xycoords=("axes fraction", "data"),
                       ha="right", va="bottom", color="#777777", fontsize=6)  # fmt: skip
     for name, k in shown.items():
         colour, marker = styles[name]
-        over = int((k > USABLE_K).sum())
-        label = f"{name} ({over} of {len(k)} above {USABLE_K:g})"
+        over = int((k > _USABLE_K).sum())
+        label = f"{name} ({over} of {len(k)} above {_USABLE_K:g})"
         size = 3.2 * min(1.0, math.sqrt(100 / len(k)))
         axis.plot(x, k[order], marker, color=colour, ms=size, mew=0, label=label)
     if len(names) <= _NAMES_BELOW:
@@ -104,7 +105,9 @@ def pareto_k(diagnoses: Mapping[str, Diagnosis]) -> Figure:
     else:
         axis.set_xticks([])
         axis.set_xlabel(f"{len(names)} tasks, by their largest k̂")
-    axis.set_ylabel("k̂")
+    axis.set_ylabel("Pareto k̂")
+    axis.yaxis.set_major_locator(MultipleLocator(0.5))
+    axis.yaxis.set_major_formatter(FuncFormatter(_edge_k))
     figure.legend(loc="outside upper center", ncols=min(len(shown), 2))
     return figure
 
@@ -133,28 +136,19 @@ def _panel(axis: Axes, parameters: list[Parameter]) -> None:
     axis.yaxis.set_major_locator(FixedLocator([0.1, 0.5, 1, 2, 10]))
     axis.yaxis.set_major_formatter(FuncFormatter(_edge_y))
     axis.yaxis.set_minor_locator(NullLocator())
-    far = np.argsort([-p.distance for p in parameters])[:_NAMED]
-    for place, i in enumerate(i for i in far if parameters[i].verdict == "wrong"):
-        left = x[i] < 0
-        axis.annotate(
-            _short(parameters[i].label), (x[i], y[i]), fontsize=5.5,
-            xytext=(0.02 if left else 0.98, 0.97 - 0.07 * place), textcoords="axes fraction",
-            ha="left" if left else "right", va="top", color="#555555",
-            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.4, "shrinkB": 2},
-        )  # fmt: skip
 
 
 def _edge_x(value: float, _: int) -> str:
     return f"{'≤ −' if value < 0 else '≥ '}10" if abs(value) >= _SHIFTS else f"{value:g}"
 
 
+def _edge_k(value: float, _: int) -> str:
+    return f"≤ −{-_LEAST_K:g}" if value == _LEAST_K else f"{value:g}"
+
+
 def _edge_y(value: float, _: int) -> str:
     low, high = _RATIOS
     return f"≤ {low:g}" if value <= low else f"≥ {high:g}" if value >= high else f"{value:g}"
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 26 else f"{label[:25]}…"
 
 
 def _measured(name: str, diagnosis: Diagnosis) -> list[Parameter]:

@@ -7,7 +7,7 @@ right model leaves the bands more often than they say.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,9 @@ import numpy.typing as npt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from hbmeta.errors import DataError, UnsupportedModelError
@@ -60,16 +63,19 @@ def predictive_checks(
     styles = styles_of(predictives)
     figure = Figure(figsize=(2.3 * len(predictives) + 0.6, 3.6), layout="constrained")
     axes = figure.subplots(2, len(predictives), squeeze=False, sharex="row", sharey="row")
-    for column, (name, predictive) in enumerate(predictives.items()):
-        draws = predictive.sample(_REPLICATES, seed)
-        replicated = _numbers(torch.stack([_flat(predictive, draw) for draw in draws]))
-        _shares(axes[0, column], observed[name], replicated, styles[name][0])
+    replicated = {name: _replicated(p, seed) for name, p in predictives.items()}
+    edges = _edges(next(iter(observed.values())), replicated.values())
+    for column, name in enumerate(predictives):
+        _shares(axes[0, column], observed[name], replicated[name], edges, styles[name][0])
         _distribution(axes[1, column], pits[name], alpha, styles[name][0])
         axes[0, column].set_title(name)
     axes[0, 0].set_ylabel("share of rows")
     axes[1, 0].set_ylabel("ECDF of $u$ − uniform")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    handles = [
+        Patch(color=GREY, label="predicted, central 90 %"),
+        Line2D([], [], color="black", lw=0.9, label="observed"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -173,33 +179,41 @@ def _curve(name: str, predictive: Predictive, y: Any, seed: int) -> _Curve:
     return _Curve(label, result, len(p), at, share, counts, low, high)
 
 
-def _shares(axis: Axes, observed: Floats, replicated: Floats, colour: str) -> None:
+def _replicated(predictive: Predictive, seed: int) -> Floats:
+    """(data sets, rows) drawn from the predictive."""
+    draws = predictive.sample(_REPLICATES, seed)
+    return _numbers(torch.stack([_flat(predictive, draw) for draw in draws]))
+
+
+def _shares(axis: Axes, observed: Floats, replicated: Floats, edges: Floats, colour: str) -> None:
     """Histogram of what was observed, and the band of those of the data sets."""
-    edges = _edges(observed, replicated)
     shares = np.stack([np.histogram(row, edges)[0] for row in replicated]) / len(observed)
     low, high = np.quantile(shares, [0.05, 0.95], axis=0)
     # A step needs the last value twice.
     low, high = (np.append(one, one[-1]) for one in (low, high))
-    axis.fill_between(edges, low, high, step="post", color=colour, alpha=0.35, lw=0,
-                      label="predicted, 90 %")  # fmt: skip
-    count = np.histogram(observed, edges)[0] / len(observed)
-    axis.stairs(count, edges, color="black", lw=0.9, label="observed")
+    axis.fill_between(edges, low, high, step="post", color=colour, alpha=0.35, lw=0)
+    axis.stairs(np.histogram(observed, edges)[0] / len(observed), edges, color="black", lw=0.9)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("y")
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=bool((edges % 1 == 0.5).all())))
 
 
-def _edges(observed: Floats, replicated: Floats) -> Floats:
+def _edges(observed: Floats, replicated: Iterable[Floats]) -> Floats:
     """Bins from the observed to half their range beyond, where predictions reach so far."""
+    drawn = np.stack([[one.min(), one.max()] for one in replicated])
+    whole = (observed % 1 == 0).all() and (drawn % 1 == 0).all()
     room = 0.5 * float(np.ptp(observed)) or 1.0
-    low = max(float(observed.min()) - room, min(float(replicated.min()), float(observed.min())))
-    high = min(float(observed.max()) + room, max(float(replicated.max()), float(observed.max())))
-    number = int(np.clip(2.0 * len(observed) ** (1 / 3), 5, _MOST_BINS))
-    if (observed % 1 == 0).all() and (replicated % 1 == 0).all():
-        width = max(1, math.ceil((high - low + 1) / _MOST_BINS))
-        bins = math.ceil((math.floor(high) - math.ceil(low) + 1) / width)
-        return math.ceil(low) - 0.5 + width * np.arange(bins + 1, dtype=float)
+    low, high = float(observed.min()), float(observed.max())
+    low = max(low - room, min(float(drawn.min()), low))
+    high = min(high + room, max(float(drawn.max()), high))
+    if whole:
+        low, high = math.ceil(low), math.floor(high)
+        width = math.ceil((high - low + 1) / _MOST_BINS)
+        bins = math.ceil((high - low + 1) / width)
+        return low - 0.5 + width * np.arange(bins + 1, dtype=float)
     if not high > low:
         low, high = low - 0.5, high + 0.5
+    number = int(np.clip(2.0 * len(observed) ** (1 / 3), 5, _MOST_BINS))
     return np.linspace(low, high, number + 1)
 
 

@@ -33,7 +33,10 @@ def written(run, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         lines = []
         patch.setattr("builtins.print", lambda text, **_: lines.append(str(text)))
-        assert cli.main(["diagnose", str(run), "--out", str(path)]) == 0
+        figures = ["--figures", str(path.parent / "figures")]
+        assert cli.main(["diagnose", str(run), "--out", str(path), *figures]) == 0
+    drawn = sorted(figure.name for figure in (path.parent / "figures").iterdir())
+    assert drawn == ["pareto_k.png", "verdicts.png"]
     return "\n".join(lines), json.loads(path.read_text(encoding="utf-8"))
 
 

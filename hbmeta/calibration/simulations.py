@@ -71,7 +71,7 @@ def sbc(
         model: the program; a ready-made model is bound to `tasks` once, so that priors that are
             scaled by the data stay the same in all simulations.
         strategy: with its settings.
-        tasks: the x to simulate on.
+        tasks: the x to simulate on; of y only its kind is read.
         simulations: fits; how many tell a wrong posterior from a right one is measured by
             `benchmarks.calibration`.
         draws: L of each posterior, thinned evenly where chains come; one less than a number with

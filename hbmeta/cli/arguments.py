@@ -159,6 +159,12 @@ def _diagnose(commands: Any) -> None:
     command.add_argument("--strategy", metavar="NAME", help="this fit alone (all of the run)")
     command.add_argument("--out", metavar="FILE.json", type=Path, help="all of it as JSON, by fit")
     command.add_argument(
+        "--figures",
+        metavar="FOLDER",
+        type=Path,
+        help="where to draw every parameter's verdict and the k̂ of every group",
+    )
+    command.add_argument(
         "--reference",
         choices=("auto", "nested", "nuts", "none"),
         default="auto",

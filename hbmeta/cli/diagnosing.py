@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from math import isnan
+from pathlib import Path
 
 from hbmeta.cli.runs import open_run
 from hbmeta.diagnosis import Diagnosis, reference_fit
 from hbmeta.diagnosis import diagnose as diagnosed
-from hbmeta.files import write_text
+from hbmeta.diagnosis_plots import pareto_k, verdicts
+from hbmeta.files import atomic, write_text
 from hbmeta.fitted import Fitted
 from hbmeta.tables import aligned
 
@@ -41,6 +44,24 @@ def diagnose(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
         content = {name: json.loads(one.to_json()) for name, one in found.items()}
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_text(arguments.out, text + "\n")
+    if arguments.figures is not None:
+        _draw(found, arguments.figures)
+
+
+def _draw(found: Mapping[str, Diagnosis], folder: Path) -> None:
+    """verdicts.png and, where a fit has k̂, pareto_k.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = {
+        name: one for name, one in found.items() if not all(isnan(p.shift) for p in one.parameters)
+    }
+    weighed = any(not isnan(task.pareto_k) for one in found.values() for task in one.tasks)
+    figures = {
+        **({"verdicts": verdicts(measured)} if measured else {}),
+        **({"pareto_k": pareto_k(found)} if weighed else {}),
+    }
+    for name, figure in figures.items():
+        with atomic(folder / f"{name}.png") as path:
+            figure.savefig(path)
 
 
 def _table(found: Mapping[str, Diagnosis]) -> str:
