@@ -14,7 +14,18 @@ import torch
 from torch import nn
 
 import hbmeta as hb
-from hbmeta import bounds, certificate_plots, cli, errors, models, panels, tasks, theory
+from hbmeta import (
+    bounds,
+    certificate_plots,
+    cli,
+    diagnosis_plots,
+    errors,
+    models,
+    panels,
+    predictive_plots,
+    tasks,
+    theory,
+)
 from hbmeta.classification import brier
 from hbmeta.costs import ledger
 from hbmeta.errors import (
@@ -1378,6 +1389,58 @@ BOUNDS = [
     ),
 ]
 
+TRUST = [
+    kind(
+        "calibration of a point estimate",
+        "a point estimate",
+        lambda _: hb.sbc(cases.linear_nested, NoPooling(), some(), compile=False),
+        "Laplace or NUTS",
+        error=UnsupportedModelError,
+    ),
+    kind(
+        "calibration with its arguments turned round",
+        "function",
+        lambda _: hb.sbc(Laplace(), cases.linear_nested, some()),  # type: ignore[arg-type]
+        "sbc(program, Laplace(), tasks)",
+    ),
+    kind(
+        "calibration without a simulation",
+        "0",
+        lambda _: hb.sbc(cases.linear_nested, Laplace(), some(), simulations=0),
+        "simulations",
+    ),
+    kind(
+        "calibration of a fit by no draw",
+        "0",
+        lambda _: hb.sbc_adapted(fits.fitted("ExactLinear"), draws=0),
+        "draws",
+    ),
+    kind(
+        "a diagnosis of a strategy that was not fitted",
+        "Laplace",
+        lambda _: hb.diagnose(Laplace(), some()),  # type: ignore[arg-type]
+        "strategy.fit",
+    ),
+    kind(
+        "a diagnosis by an unknown reference",
+        "stan",
+        lambda _: hb.diagnose(fits.fitted("ExactLinear"), reference="stan"),  # type: ignore[arg-type]
+        "nuts",
+    ),
+    kind(
+        "a figure of no diagnosis",
+        "none",
+        lambda _: diagnosis_plots.verdicts({}),
+        "hbmeta.diagnose",
+    ),
+    kind(
+        "a predictive check of a posterior",
+        "list",
+        lambda _: predictive_plots.predictive_checks([], [1.0]),  # type: ignore[arg-type]
+        "posterior.predict",
+    ),
+]
+
 KINDS = [
     *DATA,
     *FRAMES,
@@ -1391,6 +1454,7 @@ KINDS = [
     *BAYESIAN_MAML,
     *BOUNDS,
     *FORMULAS,
+    *TRUST,
 ]
 
 

@@ -85,8 +85,15 @@ def sbc(
     Raises:
         UnsupportedModelError: an improper prior, a module parameter without any, a factor, or a
             strategy without draws.
-        DataError: a count that is none, or a file of another run.
+        DataError: a count that is none, no strategy, or a file of another run.
     """
+    if not isinstance(strategy, Strategy):
+        raise DataError(
+            "sbc",
+            needed="a strategy after the program",
+            found=type(strategy).__name__,
+            do="Call sbc(program, Laplace(), tasks).",
+        )
     known = training_tasks(tasks, seed)
     bound = model.bind(known) if isinstance(model, HierarchicalModel) else model
     problem = Problem(bound, known)
