@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [staging] [meta_gradient] [memory] [sinusoid] [posteriors]
         [bayesian_maml] [laplace] [samplers] [scale] [studies] [formulas] [certificate_coverage]
-        [certificates] [--quick]
+        [certificate_figures] [certificates] [certificate_speed] [calibration] [--quick]
 
 `posteriors`, `scale`, `formulas` and `certificates` need the stored data ($HBMETA_DATA or
 ../shared/data) and say so where they are missing; `posteriors` and `scale` keep their results in
@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
     *("bayesian_maml", "laplace", "samplers", "scale", "studies", "formulas"),
-    *("certificate_coverage", "certificate_figures", "certificates"),
+    *("certificate_coverage", "certificate_figures", "certificates", "certificate_speed"),
+    "calibration",
 )
 WITH_QUICK = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
     *("bayesian_maml", "samplers", "scale", "formulas"),
-    *("certificate_coverage", "certificate_figures", "certificates"),
+    *("certificate_coverage", "certificate_figures", "certificates", "certificate_speed"),
+    "calibration",
 )
 
 

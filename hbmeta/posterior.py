@@ -106,9 +106,10 @@ class TaskPosterior:
         if isinstance(density, Transported):
             generator = torch.Generator().manual_seed(seed)
             shape = (draws, len(self.ids), density.noise_size)
-            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+            # On the processor, so that draws are the same on every device.
+            noise = torch.randn(shape, generator=generator, dtype=density.centre.dtype)
             with torch.no_grad():
-                phi = density.draw(noise.to(density.centre))
+                phi = density.draw(noise.to(density.centre.device))
             return Particles(self.theta, False, phi, None)
         stored = density.phi.shape[0]
         kept = _thin(stored, stored if density.nodes else draws)

@@ -182,12 +182,19 @@ class Problem:
         return self.batch(Tasks.from_flat(x, y, torch.zeros(1, dtype=torch.int64), 1))
 
     def run(
-        self, theta: Mapping[str, Tensor], phi: Mapping[str, Tensor], batch: Batch, *, with_y: bool
+        self,
+        theta: Mapping[str, Tensor],
+        phi: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        with_y: bool,
+        densities: bool = True,
     ) -> Evaluation:
         """One run of the program; see `hbmeta.program.evaluate`."""
         batch = self._with_context(batch)
+        names = {"response": self.sites.response}
         return evaluate(
-            self.program, theta, phi, batch, response=self.sites.response, with_y=with_y
+            self.program, theta, phi, batch, **names, with_y=with_y, densities=densities
         )
 
     def theta(self, batch: Batch) -> Theta:
@@ -303,11 +310,11 @@ class Problem:
         self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch
     ) -> dict[str, Tensor]:
         """Constrained values of all latent and deterministic sites."""
-        return self.run(theta, self._sites_of(phi), batch, with_y=False).values
+        return self.run(theta, self._sites_of(phi), batch, with_y=False, densities=False).values
 
     def response(self, theta: Mapping[str, Tensor], phi: Tensor | Phi, batch: Batch) -> Any:
         """The distribution of the response at each cell given θ and φ."""
-        return self.run(theta, self._sites_of(phi), batch, with_y=False).response
+        return self.run(theta, self._sites_of(phi), batch, with_y=False, densities=False).response
 
     def _likelihood(self, out: Evaluation, batch: Batch) -> Tensor:
         cells = out.log_likelihood

@@ -121,9 +121,15 @@ class _Run(Messenger):
     """
 
     def __init__(
-        self, theta: Mapping[str, Tensor], phi: Mapping[str, Tensor], batch: Batch, response: str
+        self,
+        theta: Mapping[str, Tensor],
+        phi: Mapping[str, Tensor],
+        batch: Batch,
+        response: str,
+        densities: bool,
     ) -> None:
         super().__init__()
+        self.densities = densities
         self.theta, self.phi, self.batch, self.name_of_response = theta, phi, batch, response
         self.nested = batch.layout == "nested"
         self.result = Evaluation()
@@ -168,6 +174,13 @@ class _Run(Messenger):
             return
         if name == self.name_of_response and not message["is_observed"]:
             out.response = fn
+            return
+        if not self.densities:
+            # A prior over the weights of a network costs more than the network.
+            if name == self.name_of_response:
+                out.response = fn
+            elif not message["is_observed"]:
+                out.values[name] = value.squeeze(1) if local and self.nested else value
             return
         if not value.is_floating_point():
             # Labels and counts as int64: densities want the dtype of the parameters.
@@ -221,6 +234,7 @@ def evaluate(
     *,
     response: str,
     with_y: bool = True,
+    densities: bool = True,
 ) -> Evaluation:
     """Runs the program once at unconstrained θ and φ; latents not given sit at their location.
 
@@ -231,6 +245,7 @@ def evaluate(
         batch: the data.
         response: name of the observed site that holds y.
         with_y: False leaves y out and gives only its distribution.
+        densities: False leaves all log densities out, for values and the response alone.
     """
     parameters = {}
     runnable = program
@@ -242,7 +257,7 @@ def evaluate(
         }
         if parameters:
             runnable = Functional(program, parameters)
-    run = _Run(theta, phi, batch, response)
+    run = _Run(theta, phi, batch, response, densities)
     with isolated(batch.x), run:
         batch.run(runnable, with_y=with_y)
     return run.result

@@ -127,7 +127,7 @@ def certify(
     if hyperprior is not None:
         _check_hyperprior(hyperprior, fitted, episode)
     each = delta / choices / len(names)
-    rows = row_losses(fitted, episode, chosen, draws=draws, seed=seed)
+    rows = row_losses(fitted, episode, chosen, draws=draws, seed=seed, progress=progress)
     losses = by_task(rows, episode.query)
     # The theorems that pay within tasks adapt to all rows of a task.
     adapted = episode.all if names[0] in WITHIN else episode.support

@@ -30,7 +30,7 @@ from hbmeta.tasks import Episode, Tasks
 __all__ = ["by_task", "gibbs_losses", "predictive_losses", "row_losses"]
 
 CELLS = 16_000_000
-"""Rows times draws that are held at once."""
+"""Rows, or parameters of tasks, times draws that are held at once."""
 
 
 def predictive_losses(
@@ -48,12 +48,39 @@ def predictive_losses(
     return by_task(row_losses(fitted, episode, loss, draws=draws, seed=seed), episode.query)
 
 
-def row_losses(fitted: Fitted, episode: Episode, loss: Loss, *, draws: int, seed: int) -> Tensor:
-    """(rows,) the losses of the rows of the query; see `predictive_losses`."""
-    posterior = fitted.adapt(episode.support, seed=seed)
-    y = episode.query.flat_y
+def row_losses(
+    fitted: Fitted,
+    episode: Episode,
+    loss: Loss,
+    *,
+    draws: int,
+    seed: int,
+    progress: bool | None = False,
+) -> Tensor:
+    """(rows,) the losses of the rows of the query; see `predictive_losses`.
+
+    All tasks are adapted to at once, and predicted some at a time where their draws are many.
+    """
+    posterior, query = fitted.adapt(episode.support, seed=seed), episode.query
+    n, size = query.n_tasks, max(fitted.problem.sites.phi_size, query.max_points)
+    at_once = max(1, CELLS // max(1, draws * size))
+    if at_once >= n:
+        return _predicted(posterior, query, loss, draws, seed)
+    found = query.flat_x.new_empty(query.n_points, dtype=torch.float64)
+    off = None if progress is None else not progress
+    for number, start in enumerate(
+        tqdm(range(0, n, at_once), desc="certify", disable=off, leave=False)
+    ):
+        some = query[start : start + at_once]
+        part = _predicted(posterior.select(some.ids), some, loss, draws, seed + number)
+        found[(query.task >= start) & (query.task < start + at_once)] = part.double()
+    return found
+
+
+def _predicted(posterior: TaskPosterior, query: Tasks, loss: Loss, draws: int, seed: int) -> Tensor:
+    y = query.flat_y
     assert y is not None
-    return loss.of(posterior.predict(episode.query, draws=draws, seed=seed), y)
+    return loss.of(posterior.predict(query, draws=draws, seed=seed), y)
 
 
 def gibbs_losses(

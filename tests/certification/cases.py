@@ -37,8 +37,9 @@ def candidates():
 @functools.cache
 def network():
     """MAML on a small network, trained a little on the tasks `episodes()`."""
-    torch.manual_seed(0)
-    model = models.NeuralRegression(hidden=(4,))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = models.NeuralRegression(hidden=(4,))
     return fit(inference.MAML(steps=2), model, episodes(), steps=5)
 
 

@@ -10,8 +10,8 @@ from scipy.optimize import brentq
 
 import hbmeta as hb
 from hbmeta import inference, models, tasks
-from hbmeta.certification import Certificate, FiniteHyperprior, GaussianHyperprior
-from hbmeta.certification.losses import Loss
+from hbmeta.certification import Certificate, FiniteHyperprior, GaussianHyperprior, risks
+from hbmeta.certification.losses import Loss, loss_of
 from tests.certification import cases
 from tests.certification.cases import CENTRES, SQUARED, episodes
 
@@ -293,3 +293,20 @@ def test_binary_responses_and_gibbs_draws_agree_with_probabilities():
     assert found.loss[0] == "zero-one"
     assert found.statement.measured == 0.0
     assert found.value == pytest.approx(1 - 0.05 ** (1 / 20), abs=1e-12)
+
+
+def test_tasks_taken_some_at_a_time_are_predicted_as_all_at_once(monkeypatch):
+    fit, data = cases.prototypes()
+    rng = torch.Generator().manual_seed(0)
+    order = torch.randperm(data.query.n_points, generator=rng)
+    query = tasks.Tasks.from_flat(
+        data.query.flat_x[order], data.query.flat_y[order], data.query.task[order],
+        data.n_tasks, ids=data.query.ids,
+    )  # fmt: skip
+    mixed = tasks.Episode(data.support, query)
+    loss = loss_of(fit.problem, None, p_min=None, scale=None, where="certify")
+    whole = risks.row_losses(fit, mixed, loss, draws=3, seed=0)
+    monkeypatch.setattr(risks, "CELLS", 200)
+    parts = risks.row_losses(fit, mixed, loss, draws=3, seed=0)
+    assert whole.unique().tolist() == [0.0, 1.0]
+    torch.testing.assert_close(parts, whole.double())
