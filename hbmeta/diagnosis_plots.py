@@ -139,7 +139,9 @@ def _panel(axis: Axes, parameters: list[Parameter]) -> None:
 
 
 def _edge_x(value: float, _: int) -> str:
-    return f"{'≤ −' if value < 0 else '≥ '}10" if abs(value) >= _SHIFTS else f"{value:g}"
+    if abs(value) < _SHIFTS:
+        return f"{value:g}".replace("-", "−")
+    return "≤ −10" if value < 0 else "≥ 10"
 
 
 def _edge_k(value: float, _: int) -> str:

@@ -233,7 +233,7 @@ def _distribution(axis: Axes, u: Floats, alpha: float, colour: str) -> None:
     steps = np.arange(1, n + 1) / n
     x, f = np.repeat(u, 2), np.stack([steps - 1.0 / n, steps], 1).ravel()
     axis.plot([0, *x, 1], [0, *(f - x), 0], color=colour, lw=1.0)
-    axis.set(xlim=(0, 1), xlabel="$u$ = P(Y ≤ y)")
+    axis.set(xlim=(0, 1), xticks=(0, 0.5, 1), xlabel="$u$ = P(Y ≤ y)")
 
 
 def _pit(predictive: Predictive, observed: Floats, seed: int) -> Floats:

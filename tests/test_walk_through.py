@@ -35,4 +35,5 @@ def test_the_walk_prints_what_it_shows(tmp_path, monkeypatch, capsys):
         pairs = zip(NUMBER.findall(block), NUMBER.findall(printed), strict=True)
         assert all(close(*pair) for pair in pairs), printed
     assert shown == 5
-    assert (tmp_path / "docs" / "images" / "walk_through.png").stat().st_size > 10_000
+    for name in ("walk_through", "walk_through_verdicts", "walk_through_checks"):
+        assert (tmp_path / "docs" / "images" / f"{name}.png").stat().st_size > 10_000

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hbmeta import bounds
 from hbmeta.bounds.checks import Array
-from hbmeta.curvatures.prior import prior_matrix
+from hbmeta.curvatures.prior import prior_diagonal, prior_matrix
 from hbmeta.densities import Delta, Gaussian
 from hbmeta.errors import UnsupportedModelError
 from hbmeta.posterior import TaskPosterior
@@ -39,23 +39,39 @@ def task_kls(posterior: TaskPosterior, where: str) -> Array:
             "point masses.",
         )
     location, precision = _gaussian_prior(posterior, where)
-    covariance = Gaussian(density.loc.double(), density.scale.double()).covariance
-    prior = torch.linalg.inv(precision)
-    found: Array = bounds.gaussian_kl(density.loc, covariance, location, prior)
+    loc, scale = density.loc.double(), density.scale.double()
+    found: Array
+    if density.diagonal and precision.dim() == location.dim():
+        found = bounds.diagonal_gaussian_kl(loc, scale, location, precision.rsqrt())
+        return found
+    prior = torch.linalg.inv(_as_matrix(precision, location))
+    found = bounds.gaussian_kl(loc, Gaussian(loc, scale).covariance, location, prior)
     return found
 
 
+def _as_matrix(precision: Tensor, location: Tensor) -> Tensor:
+    return precision if precision.dim() > location.dim() else torch.diag_embed(precision)
+
+
+def _positive_definite(matrix: Tensor, *, diagonal: bool) -> bool:
+    if diagonal:
+        return bool((matrix > 0.0).all())
+    return bool((torch.linalg.cholesky_ex(matrix)[1] == 0).all())
+
+
 def _gaussian_prior(posterior: TaskPosterior, where: str) -> tuple[Tensor, Tensor]:
+    """Location (tasks, size) and Λ, of independent coordinates its diagonal."""
     problem = posterior.problem
+    curvature = prior_diagonal if problem.diagonal_prior else prior_matrix
     batch = problem.batch(posterior.support)
     with torch.no_grad():
         location = problem.location(posterior.theta, batch)
     generator = torch.Generator().manual_seed(0)
-    matrix = prior_matrix(problem, posterior.theta, location, batch).detach()
+    matrix = curvature(problem, posterior.theta, location, batch).detach()
     tolerance = (1e-8 if location.dtype == torch.float64 else 1e-3) * float(matrix.abs().max())
     for _ in range(2):
         noise = torch.randn(location.shape, generator=generator, dtype=torch.float64)
-        moved = prior_matrix(problem, posterior.theta, location + noise.to(location), batch)
+        moved = curvature(problem, posterior.theta, location + noise.to(location), batch)
         if float((moved - matrix).abs().max()) > tolerance:
             raise UnsupportedModelError(
                 where,
@@ -71,7 +87,7 @@ def _gaussian_prior(posterior: TaskPosterior, where: str) -> tuple[Tensor, Tenso
             found=f"one in {problem.name} that differs between tasks (it depends on their x)",
             do='Use bound="query_split" or bound="meta_test".',
         )
-    if not bool((torch.linalg.cholesky_ex(matrix)[1] == 0).all()):
+    if not _positive_definite(matrix, diagonal=matrix.dim() == location.dim()):
         raise UnsupportedModelError(
             where,
             needed="a proper task prior p(φ | θ)",

@@ -12,6 +12,7 @@ import hbmeta as hb
 from hbmeta import inference, models, tasks
 from hbmeta.certification import Certificate, FiniteHyperprior, GaussianHyperprior, risks
 from hbmeta.certification.losses import Loss, loss_of
+from hbmeta.certification.task_priors import task_kls
 from tests.certification import cases
 from tests.certification.cases import CENTRES, SQUARED, episodes
 
@@ -310,3 +311,18 @@ def test_tasks_taken_some_at_a_time_are_predicted_as_all_at_once(monkeypatch):
     parts = risks.row_losses(fit, mixed, loss, draws=3, seed=0)
     assert whole.unique().tolist() == [0.0, 1.0]
     torch.testing.assert_close(parts, whole.double())
+
+
+def test_a_prior_of_independent_coordinates_costs_no_matrix(monkeypatch):
+    """The same KL by its diagonal as by matrices, of a posterior with and without correlations."""
+    prior = models.LinearRegression([1.0, -0.5], [1.0, 0.5], noise=0.3)
+    fit = cases.fit(inference.Laplace(curvature="diagonal"), prior, episodes(20, 0))
+    full = cases.fit(inference.ExactLinear(), prior, episodes(20, 0))
+    support = episodes().support
+    for posterior in (fit.adapt(support), full.adapt(support)):
+        assert posterior.problem.diagonal_prior
+        found = task_kls(posterior, "certify")
+        monkeypatch.setattr(type(posterior.problem), "diagonal_prior", False)
+        wanted = task_kls(posterior, "certify")
+        monkeypatch.undo()
+        np.testing.assert_allclose(found, wanted, rtol=1e-10)
