@@ -208,8 +208,8 @@ def run(kind: Environment, sizes: Sizes) -> list[str]:
     )  # fmt: skip
     record("MAML", errors(centre(maml.adapt(new.support, steps=200)), new.query))
     pac = PACBayes(
-        "joint_kl", p_min=P_MIN, delta=DELTA, hyperprior_scale=100.0, hyperposterior_scale=0.001, draws=2,
-        steps=300,
+        "joint_kl", p_min=P_MIN, delta=DELTA, hyperprior_scale=100.0,
+        hyperposterior_scale=0.001, draws=2, steps=300,
     ).fit(
         model, training, steps=sizes.meta_steps, tasks_per_step=5, learning_rate=3e-3,
         compile="graph", progress=False, seed=SEED,
