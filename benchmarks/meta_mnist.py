@@ -61,7 +61,7 @@ class Sizes:
     known: int = 3000
     new: int = 2000
     steps: int = 2000
-    meta_steps: int = 1500
+    meta_steps: int = 600
 
 
 QUICK = Sizes(known=300, new=200, steps=50, meta_steps=20)

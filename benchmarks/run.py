@@ -2,9 +2,10 @@
 
     python -m benchmarks.run [staging] [meta_gradient] [memory] [sinusoid] [posteriors]
         [bayesian_maml] [laplace] [samplers] [scale] [studies] [formulas] [certificate_coverage]
-        [certificate_figures] [certificates] [certificate_speed] [calibration] [--quick]
+        [certificate_figures] [certificates] [certificate_speed] [calibration]
+        [meta_mnist] [--quick]
 
-`posteriors`, `scale`, `formulas` and `certificates` need the stored data ($HBMETA_DATA or
+`posteriors`, `scale`, `formulas`, `certificates` and `meta_mnist` need the stored data ($HBMETA_DATA or
 ../shared/data) and say so where they are missing; `posteriors` and `scale` keep their results in
 results/posteriors and results/scale. `studies` takes a quarter of an hour and `sinusoid` an hour
 (its fits are kept in results/sinusoid). Each runs in a process of its own.
@@ -25,19 +26,20 @@ NAMES = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
     *("bayesian_maml", "laplace", "samplers", "scale", "studies", "formulas"),
     *("certificate_coverage", "certificate_figures", "certificates", "certificate_speed"),
-    "calibration",
+    *("calibration", "meta_mnist"),
 )
+STORED = ("posteriors", "scale", "formulas", "certificates", "meta_mnist")
 WITH_QUICK = (
     *("staging", "meta_gradient", "memory", "sinusoid", "posteriors"),
     *("bayesian_maml", "samplers", "scale", "formulas"),
     *("certificate_coverage", "certificate_figures", "certificates", "certificate_speed"),
-    "calibration",
+    *("calibration", "meta_mnist"),
 )
 
 
 def run(name: str, extra: list[str]) -> int:
     """One benchmark, its output shown as it comes and kept if it succeeds."""
-    if name in ("posteriors", "scale", "formulas", "certificates") and not data_folder().is_dir():
+    if name in STORED and not data_folder().is_dir():
         print(f"{name}: left out, {data_folder()} does not exist (set HBMETA_DATA)")
         return 0
     command = [sys.executable, "-m", f"benchmarks.{name}", *extra]
