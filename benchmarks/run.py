@@ -6,9 +6,9 @@
         [meta_mnist] [--quick]
 
 `posteriors`, `scale`, `formulas`, `certificates` and `meta_mnist` need the stored data
-($HBMETA_DATA or ../shared/data) and say so where they are missing; `posteriors` and
-`scale` keep their results in results/posteriors and results/scale. `studies` takes a quarter of an hour and `sinusoid` an hour
-(its fits are kept in results/sinusoid). Each runs in a process of its own.
+($HBMETA_DATA or ../shared/data) and say so where they are missing; `posteriors` and `scale` keep
+their results in results/posteriors and results/scale. `studies` takes a quarter of an hour and
+`sinusoid` an hour (its fits are kept in results/sinusoid). Each runs in a process of its own.
 """
 
 from __future__ import annotations
